@@ -1,0 +1,64 @@
+# The two commands one needs: `make bench` and `make test`. Both make a virtual environment, install, build, and run.
+#
+#   TORCH=torch==2.14.1   another torch    VENV=folder   another virtual environment    PYTHON=python3.12
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+PYTHON ?= python3
+GPU_TORCH ?= torch==2.14.1
+PYTEST_ARGS ?= -m "not slow"
+
+BIN := $(VENV)/bin
+CMAKE_BUILD := build/cmake-$(notdir $(abspath $(VENV)))
+SOURCES := $(shell find csrc leaf_cuda -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu*') \
+           csrc/sources.txt setup.py pyproject.toml
+
+.PHONY: bench test test-cpp test-slow gpu-check report install format clean
+
+bench: install
+	$(BIN)/python benchmarks/bench_leaf.py --quick
+
+test: install test-cpp
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+# What takes long: planted bugs, tensors of more than 2^31 elements.
+test-slow: install
+	$(BIN)/pytest -m slow
+
+test-cpp: $(VENV)/.installed
+	$(BIN)/cmake -S . -B $(CMAKE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release \
+	    -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')" > $(VENV)/cmake.log \
+	    || { cat $(VENV)/cmake.log; exit 1; }
+	$(BIN)/cmake --build $(CMAKE_BUILD)
+	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure
+
+# Without a GPU it says so and stops (the script exits with 3). On a machine whose Python has all that is needed, the
+# script runs alone.
+gpu-check:
+	@nvidia-smi -L > /dev/null 2>&1 || exec $(PYTHON) benchmarks/gpu_check.py
+	$(MAKE) .venv-gpu/.dependencies VENV=.venv-gpu TORCH=$(GPU_TORCH)
+	.venv-gpu/bin/python benchmarks/gpu_check.py
+
+report: $(VENV)/.dependencies
+	$(BIN)/python benchmarks/report.py
+
+install: $(VENV)/.installed
+
+$(VENV)/.dependencies: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja cmake tabulate tqdm matplotlib \
+	    pytest hypothesis mpmath onnx onnxscript onnxruntime
+	touch $@
+
+# Not editable: the compiled module in the source folder would serve one torch only.
+$(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps .
+	touch $@
+
+format:
+	$(BIN)/python -m pip install --quiet ruff clang-format
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format benchmarks leaf_cuda tests setup.py
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+
+clean:
+	rm -rf build dist .venv* *.egg-info

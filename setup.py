@@ -1,0 +1,128 @@
+"""Builds leaf_cuda._C: the CPU backend always, the CUDA backend where torch and a toolkit have CUDA.
+
+Environment: TORCH_CUDA_ARCH_LIST (as in torch), CUDA_HOME, FORCE_CUDA=1 (no CUDA is an error), MAX_JOBS.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+# Compiled for where neither TORCH_CUDA_ARCH_LIST nor a GPU says which; less those the toolkit no longer or not yet knows.
+PUBLISHED_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+
+
+def sources(*parts):
+    lines = (ROOT / "csrc/sources.txt").read_text().splitlines()
+    rows = [line.split() for line in lines if line.strip() and not line.startswith("#")]
+    return [f"csrc/{path}" for part, path in rows if part in parts]
+
+
+def find_cuda_home():
+    """The toolkit: the first of these folders that has both nvcc and the runtime's header. An nvcc on PATH may be a
+    wrapper script that lies elsewhere."""
+    nvcc = shutil.which("nvcc")
+    candidates = [
+        os.environ.get("CUDA_HOME"),
+        os.environ.get("CUDA_PATH"),
+        nvcc and Path(nvcc).resolve().parent.parent,
+        "/usr/local/cuda",
+    ]
+    for home in map(Path, filter(None, candidates)):
+        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
+            return str(home)
+    return None
+
+
+def architectures(torch, cuda_home):
+    """As TORCH_CUDA_ARCH_LIST wants them: the user's, else those of the GPUs present, else the published ones."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if listed:
+        return listed
+    if torch.cuda.is_available():
+        present = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(present))
+    known = subprocess.run([f"{cuda_home}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    kept = [a for a in PUBLISHED_ARCHITECTURES if f"compute_{a.replace('.', '')}" in known.stdout.split()]
+    return ";".join(kept) + "+PTX"
+
+
+def cuda_settings(torch):
+    """(CUDA_HOME, architectures), or None for a CPU build, with one line that says why."""
+    home = find_cuda_home()
+    if torch.version.cuda is None:
+        missing = f"torch {torch.__version__} is built without CUDA; install a CUDA build of it"
+    elif home is None:
+        missing = "no CUDA toolkit was found; install one, or set CUDA_HOME to it"
+    else:
+        return home, architectures(torch, home)
+    if os.environ.get("FORCE_CUDA") == "1":
+        sys.exit(f"leaf_cuda: FORCE_CUDA=1, but {missing}")
+    print(f"leaf_cuda: building the CPU backend only: {missing}, and rebuild for the CUDA backend", file=sys.stderr)
+    return None
+
+
+def extension_and_command():
+    try:
+        import torch
+    except ImportError:
+        # Enough for an sdist; a build stops here.
+        class BuildWithoutTorch(build_ext):
+            def run(self):
+                sys.exit(
+                    "leaf_cuda: torch is not importable in this build environment; install torch and add the flag "
+                    "--no-build-isolation: pip install --no-build-isolation ."
+                )
+
+        return Extension("leaf_cuda._C", sources("core", "python")), BuildWithoutTorch
+
+    settings = cuda_settings(torch)
+    if settings:
+        os.environ["CUDA_HOME"], os.environ["TORCH_CUDA_ARCH_LIST"] = settings
+    from torch.utils import cpp_extension
+
+    cxx = ["-O3", "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
+    cxx += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+    cxx += ["-fopenmp"]  # without it at::parallel_for runs on one thread
+    # torch's own OpenMP runtime, if its wheel brings one: a second one would not know torch.set_num_threads.
+    bundled = sorted(Path(torch.__file__).with_name("lib").glob("libgomp*.so*"))
+    link = [str(bundled[0])] if bundled else ["-fopenmp"]
+    if settings:
+        listed = settings[1].replace(" ", ";").replace(";", ",")
+        defines = [f"-DLEAF_CUDA_VERSION={torch.version.cuda}", f"-DLEAF_CUDA_ARCHITECTURES={listed}"]
+        extension = cpp_extension.CUDAExtension(
+            "leaf_cuda._C",
+            sources("core", "cuda", "python"),
+            extra_compile_args={"cxx": cxx + defines, "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"]},
+            extra_link_args=link,
+        )
+    else:
+        extension = cpp_extension.CppExtension(
+            "leaf_cuda._C", sources("core", "python"), extra_compile_args={"cxx": cxx}, extra_link_args=link
+        )
+
+    class Build(cpp_extension.BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # ninja decides what is up to date, in one folder for each torch, kept between builds (pip would take a
+            # temporary one).
+            self.force = True
+            self.build_temp = str(ROOT / "build" / f"temp-{sys.implementation.cache_tag}-torch-{torch.__version__}")
+
+        def run(self):
+            super().run()
+            # What leaf_cuda._ops compares with the running torch before it loads _C.
+            built = f"torch = {torch.__version__!r}\ncuda = {torch.version.cuda if settings else None!r}\n"
+            Path(self.get_ext_fullpath("leaf_cuda._C")).with_name("_build.py").write_text(built)
+
+    return extension, Build
+
+
+extension, command = extension_and_command()
+setup(ext_modules=[extension], cmdclass={"build_ext": command})
