@@ -1,0 +1,348 @@
+// The CPU backend: chooses the loops for the processor and divides a plan's elements among threads.
+//
+// The division depends on the plan alone and partial sums are added in its order, so the gradients are bitwise the same
+// for any number of threads.
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "../leaf_ops.h"
+#include "cpu_capability.h"
+#include "leaf_loops.h"
+
+namespace leaf_cuda::cpu {
+namespace {
+
+// Below this length a segment is not worth its own set-up (nor its four partial sums): the columns serve.
+constexpr int64_t kMinSegment = 128;
+constexpr int64_t kMinColumns = 64;
+// From so many columns on, a vector cut short at the end of each row costs less than folding rows.
+constexpr int64_t kUnfoldedColumns = 1024;
+// What one task of a parallel loop works on at least: far beyond the cost of handing it out.
+constexpr int64_t kTaskElements = 32768;
+// A y of more bytes than this would leave the last-level cache again before it is all there. (du is stored as usual:
+// backward is bound by arithmetic as much as by memory, and was slower with it.)
+constexpr int64_t kBeyondCaches = int64_t{32} << 20;
+// Rows share their partial sums: at least so many, for the sums to stay under an eighth of u; and so that there are
+// about so many tasks.
+constexpr int64_t kMinRowsPerChunk = 128;
+constexpr int64_t kTasks = 128;
+
+const InnerLoops& loops_for(at::ScalarType dtype) {
+  static const InnerLoopsByType& table = [&]() -> const InnerLoopsByType& {
+    switch (cpu_capability()) {
+#if defined(__x86_64__)
+      case CpuCapability::avx512:
+        return kLoopsAvx512;
+      case CpuCapability::avx2:
+        return kLoopsAvx2;
+#endif
+      default:
+        return kLoopsBaseline;
+    }
+  }();
+  switch (dtype) {
+    case at::kDouble:
+      return table.float64;
+    case at::kFloat:
+      return table.float32;
+    case at::kBFloat16:
+      return table.bfloat16;
+    default:
+      return table.float16;
+  }
+}
+
+// f(a zero of the C++ type of dtype)
+template <class F>
+void dispatch_value_type(at::ScalarType dtype, F f) {
+  switch (dtype) {
+    case at::kDouble:
+      return f(double{});
+    case at::kFloat:
+      return f(float{});
+    case at::kBFloat16:
+      return f(at::BFloat16{});
+    default:
+      return f(at::Half{});
+  }
+}
+
+// f(q, p, stride) for each parameter, p of its own type; p points to a zero where there is none.
+template <class F>
+void for_each_parameter(const FlatParameters& parameters, F f) {
+  dispatch_value_type(parameters.dtype, [&](auto zero) {
+    using P = decltype(zero);
+    for (int q = 0; q < 4; ++q)
+      f(q, parameters.p[q] ? static_cast<const P*>(parameters.p[q]) : &zero, parameters.stride[q]);
+  });
+}
+
+void segment_parameters(const FlatParameters& parameters, int64_t index, double* out) {
+  for_each_parameter(parameters,
+                     [&](int q, const auto* p, int64_t stride) { out[q] = static_cast<double>(p[index * stride]); });
+}
+
+// The parameters of the columns first ... first + columns of a block, on to the next multiple of kColumnMultiple, in
+// the arithmetic type T: where they lie, or in a buffer.
+template <class T>
+class ColumnParameters {
+ public:
+  ColumnParameters(const FlatParameters& parameters, const Plan& plan, int64_t fold, int64_t first, int64_t columns) {
+    const int64_t padded = (columns + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple;
+    const bool in_place = plan.inner == 1 && fold == 1 && first + padded <= plan.count;
+    for_each_parameter(parameters, [&](int q, const auto* p, int64_t stride) {
+      p_[q] = buffer_[q];
+      if constexpr (std::is_same_v<decltype(p), const T*>)
+        if (in_place && stride == 1) {
+          p_[q] = p + first;
+          return;
+        }
+      fill(p, stride, plan, first, padded, buffer_[q]);
+    });
+  }
+
+  operator const void* const*() const { return p_; }
+
+ private:
+  template <class P>
+  static void fill(const P* p, int64_t stride, const Plan& plan, int64_t first, int64_t n, T* out) {
+    if (stride == 0) {
+      std::fill_n(out, n, static_cast<T>(*p));
+      return;
+    }
+    int64_t index = first / plan.inner % plan.count, within = first % plan.inner;
+    for (int64_t k = 0; k < n; within = 0, index = index + 1 == plan.count ? 0 : index + 1)
+      for (; k < n && within < plan.inner; ++within) out[k++] = static_cast<T>(p[index]);
+  }
+
+  const void* p_[4];
+  T buffer_[4][kColumnBlock];
+};
+
+const char* at_element(const void* base, int64_t i, at::ScalarType dtype) {
+  return static_cast<const char*>(base) + i * static_cast<int64_t>(c10::elementSize(dtype));
+}
+char* at_element(void* base, int64_t i, at::ScalarType dtype) {
+  return static_cast<char*>(base) + i * static_cast<int64_t>(c10::elementSize(dtype));
+}
+
+// u in memory order, cut into chunks of equal length and where the parameters change.
+struct Segments {
+  static constexpr int64_t chunk = kTaskElements;
+  int64_t inner, numel;
+
+  explicit Segments(const Plan& plan) : inner(plan.inner), numel(plan.numel()) {}
+
+  int64_t tasks() const { return (numel + chunk - 1) / chunk; }
+
+  // A row is a run of `inner` elements (row = outer index · count + parameter index); row r's segment in chunk c has
+  // the number r + c: unique, since from one segment to the next r or c grows.
+  int64_t segments() const { return numel / inner + tasks(); }
+
+  // f(segment, row, first element, length)
+  template <class F>
+  void for_each(int64_t c, F f) const {
+    const int64_t end = std::min(numel, (c + 1) * chunk);
+    for (int64_t i = c * chunk; i < end;) {
+      const int64_t row = i / inner, next = std::min(end, (row + 1) * inner);
+      f(row + c, row, i, next - i);
+      i = next;
+    }
+  }
+
+  // f(segment) for the segments of one row
+  template <class F>
+  void for_row(int64_t row, F f) const {
+    static_assert((chunk & (chunk - 1)) == 0);  // so that these are shifts
+    const uint64_t begin = row * inner, last = begin + inner - 1;
+    for (uint64_t c = begin / chunk; c <= last / chunk; ++c) f(row + static_cast<int64_t>(c));
+  }
+};
+
+// Columns (leaf_plan.h) as blocks of columns × chunks of rows; the partial last row is a chunk of its own.
+struct ColumnBlocks {
+  Columns columns;
+  int64_t inner, block, blocks, rows_per_chunk, chunks;
+
+  explicit ColumnBlocks(const Plan& plan) : inner(plan.inner) {
+    const bool fold = plan.count * plan.inner < kUnfoldedColumns;
+    columns = columns_of(plan, fold ? kColumnMultiple : 1, kMinColumns);
+    block = std::min(columns.width, kColumnBlock / inner * inner);  // whole parameters
+    blocks = (columns.width + block - 1) / block;
+    const int64_t wanted = std::max<int64_t>(1, kTasks / blocks);
+    rows_per_chunk = std::max({kTaskElements / block, (columns.rows + wanted - 1) / wanted, kMinRowsPerChunk});
+    chunks = (columns.rows + rows_per_chunk - 1) / rows_per_chunk + (columns.tail ? 1 : 0);
+  }
+
+  int64_t tasks() const { return blocks * chunks; }
+
+  // f(chunk, first column, columns, first element, rows)
+  template <class F>
+  void for_task(int64_t task, F f) const {
+    const int64_t chunk = task / blocks, c0 = task % blocks * block;
+    const bool tail = columns.tail && chunk == chunks - 1;
+    const int64_t r0 = tail ? columns.rows : chunk * rows_per_chunk;
+    const int64_t rows = tail ? 1 : std::min(rows_per_chunk, columns.rows - r0);
+    const int64_t n = std::min(block, (tail ? columns.tail : columns.width) - c0);
+    if (n > 0) f(chunk, c0, n, r0 * columns.width + c0, rows);
+  }
+};
+
+// f(task) for each of `tasks` equal shares of numel elements. A thread is not woken for less than kTaskElements.
+template <class F>
+void parallel_tasks(int64_t tasks, int64_t numel, F f) {
+  const int64_t grain = std::max<int64_t>(1, kTaskElements * tasks / numel);
+  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) f(task);
+  });
+}
+
+bool beyond_caches(const Plan& plan, at::ScalarType dtype) {
+  return plan.numel() * static_cast<int64_t>(c10::elementSize(dtype)) > kBeyondCaches;
+}
+
+bool by_segments(const Plan& plan) { return plan.inner >= kMinSegment; }
+
+void run_forward(const ForwardArgs& a, const Tensor&) {
+  const InnerLoops& loops = loops_for(a.dtype);
+  const bool stream = beyond_caches(a.plan, a.dtype);
+  if (by_segments(a.plan)) {
+    const Segments segments(a.plan);
+    parallel_tasks(segments.tasks(), a.plan.numel(), [&](int64_t task) {
+      segments.for_each(task, [&](int64_t, int64_t row, int64_t i, int64_t n) {
+        double p[4];
+        segment_parameters(a.parameters, row % a.plan.count, p);
+        loops.forward_segment(at_element(a.u, i, a.dtype), at_element(a.y, i, a.dtype), n, p, stream);
+      });
+    });
+    return;
+  }
+  dispatch_value_type(at::toOpMathType(a.dtype), [&](auto zero) {
+    using T = decltype(zero);
+    const ColumnBlocks blocks(a.plan);
+    parallel_tasks(blocks.tasks(), a.plan.numel(), [&](int64_t task) {
+      blocks.for_task(task, [&](int64_t, int64_t c0, int64_t n, int64_t i, int64_t rows) {
+        const ColumnParameters<T> p(a.parameters, a.plan, blocks.columns.fold, c0, n);
+        loops.forward_columns(at_element(a.u, i, a.dtype), at_element(a.y, i, a.dtype), rows, blocks.columns.width, n,
+                              p, stream);
+      });
+    });
+  });
+}
+
+// dp[q][first + k] = sums[q·stride + k], k < n
+template <class T>
+void write_gradients(const BackwardArgs& a, int64_t first, int64_t n, const T* sums, int64_t stride) {
+  dispatch_value_type(a.dp_dtype, [&](auto zero) {
+    using P = decltype(zero);
+    for (int q = 0; q < 4; ++q)
+      if (a.dp[q])
+        for (int64_t k = 0; k < n; ++k) static_cast<P*>(a.dp[q])[first + k] = static_cast<P>(sums[q * stride + k]);
+  });
+}
+
+// Parameters whose partial sums are added up side by side.
+constexpr int64_t kFinished = 256;
+
+// Writes the gradients of all parameters: add(first, n, sums) adds the partial sums of n of them, in the plan's order,
+// to sums[q·kFinished + k].
+template <class F>
+void finish(const BackwardArgs& a, F add) {
+  for (int64_t first = 0; first < a.plan.count; first += kFinished) {
+    const int64_t n = std::min(kFinished, a.plan.count - first);
+    double sums[4 * kFinished] = {};
+    add(first, n, sums);
+    write_gradients(a, first, n, sums, kFinished);
+  }
+}
+
+template <class T>
+Tensor make_workspace(at::IntArrayRef sizes, const Tensor& like) {
+  return at::empty(sizes, like.options().dtype(c10::CppTypeToScalarType<T>::value));
+}
+
+template <class T>
+void backward_segments(const BackwardArgs& a, const InnerLoops& loops, const Tensor& like) {
+  const Segments segments(a.plan);
+  const Tensor workspace = make_workspace<T>({segments.segments(), 4}, like);
+  T* const partial = workspace.mutable_data_ptr<T>();
+  parallel_tasks(segments.tasks(), a.plan.numel(), [&](int64_t task) {
+    segments.for_each(task, [&](int64_t segment, int64_t row, int64_t i, int64_t n) {
+      double p[4], sums[4] = {};
+      segment_parameters(a.parameters, row % a.plan.count, p);
+      loops.backward_segment(at_element(a.u, i, a.dtype), at_element(a.grad, i * a.grad_stride, a.dtype), a.grad_stride,
+                             a.du ? at_element(a.du, i, a.dtype) : nullptr, n, p, sums);
+      std::copy_n(sums, 4, partial + segment * 4);
+    });
+  });
+  finish(a, [&](int64_t first, int64_t n, double* sums) {
+    for (int64_t o = 0; o < a.plan.outer; ++o)
+      for (int64_t k = 0; k < n; ++k)
+        segments.for_row(o * a.plan.count + first + k, [&](int64_t segment) {
+          for (int q = 0; q < 4; ++q) sums[q * kFinished + k] += partial[segment * 4 + q];
+        });
+  });
+}
+
+template <class T>
+void backward_columns(const BackwardArgs& a, const InnerLoops& loops, const Tensor& like) {
+  const ColumnBlocks blocks(a.plan);
+  const int64_t count = a.plan.count, inner = a.plan.inner, fold = blocks.columns.fold, slots = fold * count;
+  // Sums over a chunk's rows and the `inner` columns of a parameter: [chunk][q][fold][count]. Where a task has whole
+  // sums, it writes the gradients.
+  const bool direct = blocks.chunks == 1 && fold == 1;
+  const Tensor workspace = make_workspace<T>({direct ? 0 : blocks.chunks, 4, slots}, like);
+  T* const partial = workspace.mutable_data_ptr<T>();
+  if (blocks.columns.tail && !direct) std::fill_n(partial + (blocks.chunks - 1) * 4 * slots, 4 * slots, T(0));
+  parallel_tasks(blocks.tasks(), a.plan.numel(), [&](int64_t task) {
+    blocks.for_task(task, [&](int64_t chunk, int64_t c0, int64_t n, int64_t i, int64_t rows) {
+      const ColumnParameters<T> p(a.parameters, a.plan, fold, c0, n);
+      T sums[4 * kSumStride];
+      loops.backward_columns(at_element(a.u, i, a.dtype), at_element(a.grad, i * a.grad_stride, a.dtype), a.grad_stride,
+                             a.du ? at_element(a.du, i, a.dtype) : nullptr, rows, blocks.columns.width, n, p, sums);
+      const int64_t first = c0 / inner, complete = (n + inner - 1) / inner;
+      if (inner > 1)
+        for (int q = 0; q < 4; ++q)
+          for (int64_t k = 0; k < complete; ++k) {
+            const T* const begin = sums + q * kSumStride + k * inner;
+            sums[q * kSumStride + k] =
+                static_cast<T>(std::accumulate(begin, begin + std::min(inner, n - k * inner), 0.0));
+          }
+      if (direct) return write_gradients(a, first, complete, sums, kSumStride);
+      for (int q = 0; q < 4; ++q)
+        std::copy_n(sums + q * kSumStride, complete, partial + (chunk * 4 + q) * slots + first);
+    });
+  });
+  if (direct) return;
+  finish(a, [&](int64_t first, int64_t n, double* sums) {
+    for (int64_t chunk = 0; chunk < blocks.chunks; ++chunk)
+      for (int q = 0; q < 4; ++q)
+        for (int64_t f = 0; f < fold; ++f) {
+          const T* const part = partial + (chunk * 4 + q) * slots + f * count + first;
+          for (int64_t k = 0; k < n; ++k) sums[q * kFinished + k] += part[k];
+        }
+  });
+}
+
+void run_backward(const BackwardArgs& a, const Tensor& like) {
+  const InnerLoops& loops = loops_for(a.dtype);
+  dispatch_value_type(at::toOpMathType(a.dtype), [&](auto zero) {
+    using T = decltype(zero);
+    const auto run = by_segments(a.plan) ? backward_segments<T> : backward_columns<T>;
+    run(a, loops, like);
+  });
+}
+
+constexpr Loops kLoops = {run_forward, run_backward};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(leaf_cuda, CPU, library) {
+  if (is_unregistered(c10::DispatchKey::CPU)) implement_operators<kLoops>(library);
+}
+
+}  // namespace leaf_cuda::cpu

@@ -1,0 +1,43 @@
+// The CPU's inner loops, single-threaded, over plain pointers: one table of them for each storage type, for each
+// instruction set. leaf_cpu.cpp chooses the table and divides the work.
+#pragma once
+
+#include <cstdint>
+
+namespace leaf_cuda::cpu {
+
+// A block of columns is narrow enough that its parameters and sums stay in the nearest caches.
+constexpr int64_t kColumnBlock = 2048;
+// From one parameter's sums to the next: not a power of two, which would map all of them to the same sets of a cache.
+constexpr int64_t kSumStride = kColumnBlock + 80;
+// Columns come in multiples of the widest vector, so that only a matrix's last row can end inside one.
+constexpr int64_t kColumnMultiple = 16;
+
+// Storage is void: double, float, bfloat16 or half. Arithmetic: double for double, else float.
+struct InnerLoops {
+  // A segment is a run of n elements that share the parameters p[0..3]. y may be stored past the caches.
+  void (*forward_segment)(const void* u, void* y, int64_t n, const double* p, bool stream_y);
+  // Writes du, unless null, and adds the segment's parameter gradients to sums[0..3].
+  // grad_stride is 1, or 0 where all of g is one element.
+  void (*backward_segment)(const void* u, const void* grad, int grad_stride, void* du, int64_t n, const double* p,
+                           double* sums);
+
+  // A block of columns: rows × columns elements, `stride` elements from row to row. Column c has the parameters
+  // p[0..3][c], in the arithmetic type, readable up to the next multiple of kColumnMultiple.
+  void (*forward_columns)(const void* u, void* y, int64_t rows, int64_t stride, int64_t columns, const void* const* p,
+                          bool stream_y);
+  // Writes column c's parameter gradients to sums[q·kSumStride + c], in the arithmetic type.
+  void (*backward_columns)(const void* u, const void* grad, int grad_stride, void* du, int64_t rows, int64_t stride,
+                           int64_t columns, const void* const* p, void* sums);
+};
+
+struct InnerLoopsByType {
+  InnerLoops float64, float32, bfloat16, float16;
+};
+
+extern const InnerLoopsByType kLoopsBaseline;
+#if defined(__x86_64__)
+extern const InnerLoopsByType kLoopsAvx2, kLoopsAvx512;
+#endif
+
+}  // namespace leaf_cuda::cpu

@@ -1,0 +1,222 @@
+// SIMD vectors of LEAF_VECTOR_BYTES bytes by the compiler's vector extensions (GCC, Clang; any architecture), and the
+// arithmetic on them that leaf_math.h asks for.
+//
+// This file is compiled once per instruction set (leaf_loops_*.cpp). So it includes nothing that would leave an inline
+// function behind for the linker to choose from, and everything in it has internal linkage.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if LEAF_VECTOR_BYTES >= 32
+#include <immintrin.h>
+#endif
+
+#include "../leaf_math.h"
+
+namespace {
+
+// Storage of the 16-bit types; arithmetic is in float.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class T, class Int>
+struct SimdTypes {
+  static constexpr int lanes = LEAF_VECTOR_BYTES / sizeof(T);
+  typedef T V __attribute__((vector_size(LEAF_VECTOR_BYTES)));
+  typedef Int I __attribute__((vector_size(LEAF_VECTOR_BYTES)));
+  typedef uint16_t H __attribute__((vector_size(lanes * 2)));
+};
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// e^r = 1 + r + r²·(c[0] + c[1]·r + ...) on |r| ≤ ln2/2: minimax in relative error, 2^-28 (float), 2^-57 (double).
+template <class T>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  using Int = int32_t;
+  static constexpr int mantissa_bits = 23, bias = 127, min_exponent = -126;
+  static constexpr float round_magic = 0x1.8p23f;  // adding it rounds to an integer, kept in the low bits
+  static constexpr float zero_below = -104.0f;     // e^-104 rounds to 0
+  static constexpr float log2e = 0x1.715476p+0f;
+  static constexpr float ln2_hi = 0x1.63p-1f, ln2_lo = -2.1219444005469058e-4f;  // n·ln2_hi is exact
+  static constexpr float c[] = {0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558f2p-5f, 0x1.1239e2p-7f, 0x1.6a2434p-10f};
+};
+template <>
+struct ExpConstants<double> {
+  using Int = int64_t;
+  static constexpr int mantissa_bits = 52, bias = 1023, min_exponent = -1022;
+  static constexpr double round_magic = 0x1.8p52;
+  static constexpr double zero_below = -746.0;
+  static constexpr double log2e = 0x1.71547652b82fep+0;
+  static constexpr double ln2_hi = 0x1.62e42feep-1, ln2_lo = 1.90821492927058770002e-10;
+  static constexpr double c[] = {0x1.000000000000ap-1,  0x1.55555555554fap-3,  0x1.555555555087cp-5,
+                                 0x1.1111111127be5p-7,  0x1.6c16c1842a11dp-10, 0x1.a01a012a57b51p-13,
+                                 0x1.a0199a0c677acp-16, 0x1.71df2552390c2p-19, 0x1.28ad72cc30daap-22,
+                                 0x1.ad7f6f0799ee2p-26};
+};
+
+#if LEAF_VECTOR_BYTES == 64
+// x·2^n for integral n, rounded once. (The unmasked intrinsic warns of an uninitialised variable in GCC 12.)
+inline SimdTypes<float, int32_t>::V scale(SimdTypes<float, int32_t>::V x, SimdTypes<float, int32_t>::V n) {
+  return (SimdTypes<float, int32_t>::V)_mm512_maskz_scalef_ps(0xffff, (__m512)x, (__m512)n);
+}
+inline SimdTypes<double, int64_t>::V scale(SimdTypes<double, int64_t>::V x, SimdTypes<double, int64_t>::V n) {
+  return (SimdTypes<double, int64_t>::V)_mm512_maskz_scalef_pd(0xff, (__m512d)x, (__m512d)n);
+}
+#endif
+
+template <class Scalar>
+struct Simd : SimdTypes<Scalar, typename ExpConstants<Scalar>::Int> {
+  using Types = SimdTypes<Scalar, typename ExpConstants<Scalar>::Int>;
+  using Types::lanes;
+  using V = typename Types::V;
+  using I = typename Types::I;
+  using C = ExpConstants<Scalar>;
+  using T = V;  // leaf_math.h's name for it
+
+  static V broadcast(Scalar x) {
+    V v;
+    for (int k = 0; k < lanes; ++k) v[k] = x;
+    return v;
+  }
+  static V select(V z, V a, V b) { return z >= 0 ? a : b; }
+  static V reciprocal(V x) { return 1 / x; }
+
+  // 2^n for integral n in the range of normal numbers.
+  static V power_of_two(V n) { return bit_cast<V>(bit_cast<I>(n + (C::round_magic + C::bias)) << C::mantissa_bits); }
+
+  static V exp_neg_abs(V z) {
+    const V x = bit_cast<V>(bit_cast<I>(z) | bit_cast<I>(broadcast(Scalar(-0.0))));
+    // Lanes that end as 0 are computed at 0, not by underflow: results in the subnormal range are slow on some
+    // processors, and with LEAF's ReLU form (p3 = 2^16) almost every lane is one of them.
+    const auto is_zero = x < C::zero_below;
+    const V t = is_zero ? V{} : x;
+    const V n = (t * C::log2e + C::round_magic) - C::round_magic;
+    const V r = (t - n * C::ln2_hi) - n * C::ln2_lo;
+    // The polynomial's even and odd powers apart: half as long a chain of operations that wait for one another.
+    constexpr int count = sizeof(C::c) / sizeof(Scalar);
+    const V r2 = r * r;
+    V q[2];
+    for (int k = count - 1; k >= 0; --k) q[k % 2] = k >= count - 2 ? broadcast(C::c[k]) : q[k % 2] * r2 + C::c[k];
+    const V e = (q[1] * r + q[0]) * r2 + r + 1;
+#if LEAF_VECTOR_BYTES == 64
+    const V scaled = scale(e, n);
+#else
+    // Two factors, so that a subnormal result is rounded once.
+    const V lowest = broadcast(Scalar(C::min_exponent));
+    const V n1 = n < lowest ? lowest : n;
+    const V scaled = (e * power_of_two(n1)) * power_of_two(n - n1);
+#endif
+    return is_zero ? V{} : scaled;
+  }
+};
+
+// load(p) and store(p, v): one vector from or to storage of type S, at any alignment.
+inline Simd<float>::V load(const float* p) {
+  Simd<float>::V v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline Simd<double>::V load(const double* p) {
+  Simd<double>::V v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline void store(float* p, Simd<float>::V v) { memcpy(p, &v, sizeof(v)); }
+inline void store(double* p, Simd<double>::V v) { memcpy(p, &v, sizeof(v)); }
+
+using FloatV = Simd<float>::V;
+using Bits32 = uint32_t __attribute__((vector_size(LEAF_VECTOR_BYTES)));
+using Bits16 = Simd<float>::H;
+
+inline FloatV load(const BFloat16* p) {
+  Bits16 h;
+  memcpy(&h, p, sizeof(h));
+  return bit_cast<FloatV>(__builtin_convertvector(h, Bits32) << 16);
+}
+inline void store(BFloat16* p, FloatV v) {
+  const Bits32 bits = bit_cast<Bits32>(v);
+  const Bits32 rounded = (bits + (((bits >> 16) & 1) + 0x7fffu)) >> 16;  // to nearest, ties to even
+  const Bits32 quiet_nan = (bits >> 16) | 0x40u;
+  const Bits16 h = __builtin_convertvector(v == v ? rounded : quiet_nan, Bits16);
+  memcpy(p, &h, sizeof(h));
+}
+
+// (By width and not by __F16C__, which GCC does not define for a target that a _Pragma sets.)
+#if LEAF_VECTOR_BYTES >= 32
+inline FloatV load(const Half* p) {
+#if LEAF_VECTOR_BYTES == 64
+  return (FloatV)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#else
+  return (FloatV)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#endif
+}
+inline void store(Half* p, FloatV v) {
+#if LEAF_VECTOR_BYTES == 64
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#endif
+}
+#else
+inline FloatV load(const Half* p) {
+  Bits16 h;
+  memcpy(&h, p, sizeof(h));
+  const Bits32 x = __builtin_convertvector(h, Bits32);
+  const Bits32 magnitude = (x & 0x7fffu) << 13;
+  const FloatV finite = bit_cast<FloatV>(magnitude) * 0x1p112f;  // moves the exponent's bias, subnormals too
+  const Bits32 special = magnitude | 0x7f800000u;                // infinite and NaN
+  const Bits32 value = (x & 0x7c00u) == 0x7c00u ? special : bit_cast<Bits32>(finite);
+  return bit_cast<FloatV>(value | ((x & 0x8000u) << 16));
+}
+inline void store(Half* p, FloatV v) {
+  const Bits32 bits = bit_cast<Bits32>(v);
+  const Bits32 magnitude = bits & 0x7fffffffu;
+  const Bits32 normal = (magnitude - 0x38000000u + (((magnitude >> 13) & 1) + 0xfffu)) >> 13;
+  // Adding 1/2 leaves a subnormal half's bits, rounded to nearest even, at the low end.
+  const Bits32 subnormal = bit_cast<Bits32>(bit_cast<FloatV>(magnitude) + 0.5f) - 0x3f000000u;
+  const Bits32 special = magnitude > 0x7f800000u ? (Bits32{} + 0x7e00u) : (Bits32{} + 0x7c00u);
+  Bits32 h = magnitude < 0x38800000u ? subnormal : normal;
+  h = magnitude >= 0x477ff000u ? special : h;  // from 65520 on: infinite
+  h |= (bits >> 16) & 0x8000u;
+  const Bits16 out = __builtin_convertvector(h, Bits16);
+  memcpy(p, &out, sizeof(out));
+}
+#endif
+
+// Past the caches, p aligned to a vector of S: for results that no cache could hold, whose lines need not be read
+// first.
+template <class S, class V>
+inline void stream(S* p, V v) {
+#if LEAF_VECTOR_BYTES >= 32
+  constexpr int bytes = sizeof(V) / sizeof(V{}[0]) * sizeof(S);
+  alignas(bytes) S stored[bytes / sizeof(S)];
+  store(stored, v);
+#if LEAF_VECTOR_BYTES == 64
+  if constexpr (bytes == 64) return _mm512_stream_si512((__m512i*)p, bit_cast<__m512i>(stored));
+#endif
+  if constexpr (bytes == 32) return _mm256_stream_si256((__m256i*)p, bit_cast<__m256i>(stored));
+  if constexpr (bytes == 16) return _mm_stream_si128((__m128i*)p, bit_cast<__m128i>(stored));
+#else
+  store(p, v);
+#endif
+}
+// Before another thread reads what was streamed.
+inline void end_of_stream() {
+#if LEAF_VECTOR_BYTES >= 32
+  _mm_sfence();
+#endif
+}
+
+}  // namespace

@@ -1,0 +1,42 @@
+// The CUDA backend: device, stream and workspace for the kernels of leaf_kernels.cu.
+#include "leaf_kernels.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "../leaf_ops.h"
+
+namespace leaf_cuda::cuda {
+namespace {
+
+int64_t multiprocessors_of_current_device() {
+  int device = 0, count = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+void run_forward(const ForwardArgs& args, const Tensor& u) {
+  const c10::cuda::CUDAGuard guard(u.device());
+  forward_on(c10::cuda::getCurrentCUDAStream(), multiprocessors_of_current_device(), args);
+}
+
+void run_backward(const BackwardArgs& args, const Tensor& u) {
+  const c10::cuda::CUDAGuard guard(u.device());
+  const int64_t multiprocessors = multiprocessors_of_current_device();
+  const int64_t bytes = backward_workspace_bytes(multiprocessors, args);
+  const Tensor workspace = bytes ? at::empty({bytes}, u.options().dtype(at::kByte)) : Tensor();
+  backward_on(c10::cuda::getCurrentCUDAStream(), multiprocessors, args, bytes ? workspace.mutable_data_ptr() : nullptr);
+}
+
+constexpr Loops kLoops = {run_forward, run_backward};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(leaf_cuda, CUDA, library) {
+  if (is_unregistered(c10::DispatchKey::CUDA)) implement_operators<kLoops>(library);
+}
+
+}  // namespace leaf_cuda::cuda

@@ -1,0 +1,33 @@
+#include <c10/cuda/CUDAException.h>
+
+#include "leaf_kernels.h"
+#include "leaf_launch.cuh"
+
+namespace leaf_cuda::cuda {
+namespace {
+
+struct OnStream {
+  cudaStream_t stream;
+
+  template <class Kernel, class... Args>
+  void operator()(Kernel kernel, dim3 grid, int threads, size_t shared_bytes, const Args&... args) const {
+    kernel<<<grid, threads, shared_bytes, stream>>>(args...);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+
+}  // namespace
+
+void forward_on(cudaStream_t stream, int64_t multiprocessors, const ForwardArgs& args) {
+  launch_forward(args, multiprocessors, OnStream{stream});
+}
+
+int64_t backward_workspace_bytes(int64_t multiprocessors, const BackwardArgs& args) {
+  return plan_backward(args, multiprocessors).workspace_bytes;
+}
+
+void backward_on(cudaStream_t stream, int64_t multiprocessors, const BackwardArgs& args, void* workspace) {
+  launch_backward(args, plan_backward(args, multiprocessors), workspace, OnStream{stream});
+}
+
+}  // namespace leaf_cuda::cuda

@@ -1,0 +1,259 @@
+// Gradients, gradients of gradients, and tangents of the operators.
+#include <ATen/OpMathType.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "leaf_checks.h"
+#include "leaf_math.h"
+#include "leaf_ops.h"
+
+namespace leaf_cuda {
+namespace {
+
+struct TensorMath {
+  using T = Tensor;
+};
+
+}  // namespace
+
+// By at::sigmoid, whose derivative autograd knows; that of e^(−|z|) it would get wrong at 0.
+template <>
+Sigmoid<Tensor> sigmoid<TensorMath>(const Tensor& z) {
+  const Tensor s = at::sigmoid(z);
+  return {s, s * at::sigmoid(-z)};
+}
+
+namespace {
+
+Tensor call_forward(const Tensor& u, const Tensor& p1, const OptionalTensor& p2, const Tensor& p3,
+                    const OptionalTensor& p4) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kForward, "").typed<decltype(call_forward)>();
+  return op.call(u, p1, p2, p3, p4);
+}
+
+FiveTensors call_backward(const Tensor& grad, const Tensor& u, const Tensor& p1, const OptionalTensor& p2,
+                          const Tensor& p3, const OptionalTensor& p4, std::array<bool, 5> mask) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kBackward, "").typed<decltype(call_backward)>();
+  return op.call(grad, u, p1, p2, p3, p4, mask);
+}
+
+bool requires_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
+
+// Forward-mode differentiation has a tangent on one of its tensors.
+bool has_tangent(const OptionalTensor& t) { return t && t->_fw_grad(/*level=*/0).defined(); }
+
+template <class... Tensors>
+bool any_tangent(const Tensors&... t) {
+  return (has_tangent(t) || ...);
+}
+
+// Within a level of torch.func, where PyTorch refuses the nodes below.
+bool inside_functorch() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
+template <class... Tensors>
+bool any_requires_grad(const Tensors&... t) {
+  return at::GradMode::is_enabled() && (requires_grad(t) || ...);
+}
+
+// The operators and the derivative of leaf_backward as differentiable tensor operations, for what the kernels do not
+// know: gradients of gradients, tangents, the operators called inside torch.func. (leaf_cuda.leaf has a faster way
+// through torch.func, LeafFunction.)
+class Composite {
+ public:
+  Composite(const Tensor& u, const ParameterList& parameters)
+      : parameters_(parameters), u_(u), math_(at::toOpMathType(u.scalar_type())) {}
+
+  Tensor forward() const { return leaf<TensorMath>(in_math(u_), in_math(parameters_)).to(u_.scalar_type()); }
+
+  FiveTensors backward(const Tensor& grad, std::array<bool, 5> mask) const {
+    const Tensor g = in_math(grad);
+    return summed(leaf_partials<TensorMath>(in_math(u_), g, in_math(parameters_)), g, mask);
+  }
+
+  // The gradients of grad, u, p1, ..., p4 from those of what leaf_backward gives: v of du, vp of dp1, ..., dp4.
+  SixTensors double_backward(const Tensor& grad, const OptionalTensor& v, const ParameterList& vp,
+                             std::array<bool, 6> mask) const {
+    const Along<Tensor> d =
+        leaf_along<TensorMath>(in_math(u_), in_math(grad), in_math(parameters_), in_math(v), in_math(vp));
+    const Tensor dgrad = mask[0] ? d.value.to(grad.scalar_type()) : Tensor();
+    return std::tuple_cat(std::tuple(dgrad), summed(d.partials, Tensor(), {mask[1], mask[2], mask[3], mask[4], false}));
+  }
+
+ private:
+  const ParameterList& parameters_;
+  const Tensor& u_;
+  const at::ScalarType math_;
+
+  // Of a parameter's shape what broadcasts to u: it may begin with 1s beyond u's dimensions.
+  c10::SymIntArrayRef aligned(const Tensor& p) const {
+    return p.sym_sizes().slice(std::max<int64_t>(0, p.dim() - u_.dim()));
+  }
+
+  Tensor in_math(const OptionalTensor& t) const {
+    if (!t || !t->defined()) return at::zeros({}, u_.options().dtype(math_));
+    return (t->dim() > u_.dim() ? t->view_symint(aligned(*t)) : *t).to(math_);
+  }
+  Parameters<Tensor> in_math(const ParameterList& p) const {
+    return {in_math(p[0]), in_math(p[1]), in_math(p[2]), in_math(p[3])};
+  }
+
+  FiveTensors summed(const Partials<Tensor>& d, const Tensor& p4, std::array<bool, 5> mask) const {
+    const std::array<const Tensor*, 4> shares = {&d.p1, &d.p2, &d.p3, &p4};
+    std::array<Tensor, 4> dp;
+    for (int q = 0; q < 4; ++q) {
+      if (!mask[q + 1] || !parameters_[q]) continue;
+      const Tensor& p = *parameters_[q];
+      dp[q] = shares[q]->sum_to_size_symint(aligned(p)).view_symint(p.sym_sizes()).to(p.scalar_type());
+    }
+    return {mask[0] ? d.u.to(u_.scalar_type()) : Tensor(), dp[0], dp[1], dp[2], dp[3]};
+  }
+};
+
+constexpr const char* kTangentNames[] = {"leaf_double_backward: v1", "leaf_double_backward: v2",
+                                         "leaf_double_backward: v3", "leaf_double_backward: v4"};
+
+SixTensors double_backward(const OptionalTensor& v, const ParameterList& vp, const Tensor& grad, const Tensor& u,
+                           const ParameterList& parameters, std::array<bool, 6> mask) {
+  check_layout(u, parameters);
+  check(u, parameters);
+  check_like("leaf_double_backward: grad", grad, "u", u);
+  if (v && v->defined()) check_like("leaf_double_backward: v", *v, "u", u);
+  for (int q = 0; q < 4; ++q) {
+    if (!vp[q] || !vp[q]->defined()) continue;
+    TORCH_CHECK_VALUE(parameters[q], kTangentNames[q], " is a tensor, but ", kNames[q], " is None");
+    check_like(kTangentNames[q], *vp[q], kNames[q], *parameters[q]);
+  }
+  return Composite(u, parameters).double_backward(grad, v, vp, mask);
+}
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+// Which of the saved tensors need a gradient: needs_input_grad counts the inputs that are tensors.
+template <size_t n>
+std::array<bool, n> needed(const AutogradContext& context, const variable_list& saved) {
+  std::array<bool, n> mask;
+  size_t edge = 0;
+  for (size_t k = 0; k < n; ++k) mask[k] = saved[k].defined() && context.needs_input_grad(edge++);
+  return mask;
+}
+
+struct LeafBackwardNode : torch::autograd::Function<LeafBackwardNode> {
+  // The gradients that `mask` asks for, of tensors that are there, one after the other.
+  static variable_list forward(AutogradContext* context, const Tensor& grad, const Tensor& u, const Tensor& p1,
+                               const OptionalTensor& p2, const Tensor& p3, const OptionalTensor& p4,
+                               std::array<bool, 5> mask) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    context->save_for_backward({grad, u, p1, p2.value_or(Tensor()), p3, p4.value_or(Tensor())});
+    context->saved_data["mask"] = mask;
+    context->set_materialize_grads(false);
+    variable_list results;
+    const auto keep = [&](const auto&... t) { ((t.defined() ? results.push_back(t) : void()), ...); };
+    std::apply(keep, call_backward(grad, u, p1, p2, p3, p4, mask));
+    return results;
+  }
+
+  // One for each of the operator's five results: undefined where not asked for.
+  static FiveTensors spread(const std::array<bool, 5>& mask, const ParameterList& parameters,
+                            const variable_list& results) {
+    std::array<Tensor, 5> all;
+    auto next = results.begin();
+    for (size_t k = 0; k < all.size(); ++k)
+      if (mask[k] && (k == 0 || parameters[k - 1])) all[k] = *next++;
+    return std::tuple_cat(all);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const ParameterList parameters = {saved[2], optional(saved[3]), saved[4], optional(saved[5])};
+    const auto [v, v1, v2, v3, v4] = spread(context->saved_data["mask"].to<std::array<bool, 5>>(), parameters, grads);
+    const auto [dgrad, du, dp1, dp2, dp3, dp4] =
+        double_backward(v, {v1, v2, v3, v4}, saved[0], saved[1], parameters, needed<6>(*context, saved));
+    return {dgrad, du, dp1, dp2, dp3, dp4, Tensor()};
+  }
+};
+
+struct LeafNode : torch::autograd::Function<LeafNode> {
+  static Tensor forward(AutogradContext* context, const Tensor& u, const Tensor& p1, const OptionalTensor& p2,
+                        const Tensor& p3, const OptionalTensor& p4) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    context->save_for_backward({u, p1, p2.value_or(Tensor()), p3, p4.value_or(Tensor())});
+    context->set_materialize_grads(false);
+    return call_forward(u, p1, p2, p3, p4);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    if (!grads[0].defined()) return variable_list(5);
+    const auto saved = context->get_saved_variables();
+    const auto [du, dp1, dp2, dp3, dp4] = call_backward(grads[0], saved[0], saved[1], optional(saved[2]), saved[3],
+                                                        optional(saved[4]), needed<5>(*context, saved));
+    return {du, dp1, dp2, dp3, dp4};
+  }
+};
+
+Tensor leaf_forward_autograd(const Tensor& u, const Tensor& p1, const OptionalTensor& p2, const Tensor& p3,
+                             const OptionalTensor& p4) {
+  const ParameterList parameters = {p1, p2, p3, p4};
+  check_layout(u, parameters);
+  const bool differentiable = any_requires_grad(u, p1, p2, p3, p4);
+  if (any_tangent(u, p1, p2, p3, p4) || (differentiable && inside_functorch())) {
+    check(u, parameters);
+    return Composite(u, parameters).forward();
+  }
+  if (differentiable) return LeafNode::apply(u, p1, p2, p3, p4);
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return call_forward(u, p1, p2, p3, p4);
+}
+
+FiveTensors leaf_backward_autograd(const Tensor& grad, const Tensor& u, const Tensor& p1, const OptionalTensor& p2,
+                                   const Tensor& p3, const OptionalTensor& p4, std::array<bool, 5> mask) {
+  const ParameterList parameters = {p1, p2, p3, p4};
+  check_layout(u, parameters);
+  const bool differentiable = any_requires_grad(grad, u, p1, p2, p3, p4);
+  if (any_tangent(grad, u, p1, p2, p3, p4) || (differentiable && inside_functorch())) {
+    check(u, parameters);
+    check_like("leaf_backward: grad", grad, "u", u);
+    return Composite(u, parameters).backward(grad, mask);
+  }
+  if (differentiable) {
+    const auto results = LeafBackwardNode::apply(grad, u, p1, p2, p3, p4, mask);
+    return LeafBackwardNode::spread(mask, parameters, results);
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return call_backward(grad, u, p1, p2, p3, p4, mask);
+}
+
+SixTensors leaf_double_backward(const OptionalTensor& v, const OptionalTensor& v1, const OptionalTensor& v2,
+                                const OptionalTensor& v3, const OptionalTensor& v4, const Tensor& grad, const Tensor& u,
+                                const Tensor& p1, const OptionalTensor& p2, const Tensor& p3, const OptionalTensor& p4,
+                                std::array<bool, 6> mask) {
+  return double_backward(v, {v1, v2, v3, v4}, grad, u, {p1, p2, p3, p4}, mask);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(leaf_cuda, Autograd, library) {
+  if (!is_unregistered(c10::DispatchKey::Autograd)) return;
+  library.impl("leaf_forward", leaf_forward_autograd);
+  library.impl("leaf_backward", leaf_backward_autograd);
+}
+
+// Made of PyTorch's operations, under vmap too.
+#define LEAF_DECOMPOSE(key)                                               \
+  TORCH_LIBRARY_IMPL(leaf_cuda, key, library) {                           \
+    if (!is_unregistered(c10::DispatchKey::key, kDoubleBackward)) return; \
+    library.impl("leaf_double_backward", leaf_double_backward);           \
+  }
+LEAF_DECOMPOSE(CompositeImplicitAutograd)
+LEAF_DECOMPOSE(FuncTorchBatchedDecomposition)
+#undef LEAF_DECOMPOSE
+
+}  // namespace leaf_cuda

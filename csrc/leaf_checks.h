@@ -1,0 +1,18 @@
+// What the operators take. Each check throws a TypeError or ValueError that names the argument.
+#pragma once
+
+#include "leaf_ops.h"
+
+namespace leaf_cuda {
+
+constexpr const char* kNames[] = {"p1", "p2", "p3", "p4"};
+
+void check(const Tensor& u, const ParameterList& parameters);
+
+// Ahead of the dispatch by layout, which knows no names.
+void check_layout(const Tensor& u, const ParameterList& parameters);
+
+// t, called `name` ("leaf_backward: grad"), has the dtype, the device and the shape of `like`.
+void check_like(const char* name, const Tensor& t, const char* like_name, const Tensor& like);
+
+}  // namespace leaf_cuda

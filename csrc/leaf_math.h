@@ -1,0 +1,91 @@
+// The formula and its derivatives, once: for scalars, SIMD vectors, CUDA threads and at::Tensor alike.
+//
+//   y      = (p1·u + p2)·σ(p3·u) + p4         Bodyanskiy & Kostiuk 2023, doi 10.47839/ijc.22.3.3225
+//   dL/du  = g·(p1·s + l·s·s̄·p3)              l = p1·u + p2, s = σ(p3·u), s̄ = σ(−p3·u)
+//   dL/dp1 = Σ g·u·s    dL/dp2 = Σ g·s    dL/dp3 = Σ g·l·s·s̄·u    dL/dp4 = Σ g
+//
+// M supplies the arithmetic: a type M::T with + - *, and
+//   M::exp_neg_abs(z)      e^(−|z|), 0 for infinite z, NaN for NaN
+//   M::reciprocal(x)       1/x for x in [1, 2]
+//   M::select(z, a, b)     a where z ≥ 0, else b
+#pragma once
+
+#if defined(__CUDACC__)
+#define LEAF_FUNCTION __host__ __device__ __forceinline__
+#else
+#define LEAF_FUNCTION inline __attribute__((always_inline))
+#endif
+
+namespace leaf_cuda {
+
+template <class T>
+struct Parameters {
+  T p1, p2, p3, p4;
+};
+
+template <class T>
+struct Sigmoid {
+  T value;  // σ(z)
+  T slope;  // σ(z)·σ(−z)
+};
+
+// Both from e = e^(−|z|) and r = σ(|z|) = 1/(1 + e), which neither overflow nor cancel: 1 − σ(z) in float32 has lost
+// every digit by z = 17. Only near 0, where 1 − r is exact, is it better than e·r: an error of r then cancels in r·(1 −
+// r).
+template <class M>
+LEAF_FUNCTION Sigmoid<typename M::T> sigmoid(const typename M::T& z) {
+  using T = typename M::T;
+  const T e = M::exp_neg_abs(z);
+  const T r = M::reciprocal(1 + e);
+  const T complement = M::select(e - 0.5f, 1 - r, e * r);
+  return {M::select(z, r, complement), r * complement};
+}
+
+template <class M>
+LEAF_FUNCTION typename M::T leaf(const typename M::T& u, const Parameters<typename M::T>& p) {
+  return (p.p1 * u + p.p2) * sigmoid<M>(p.p3 * u).value + p.p4;
+}
+
+// g times the derivative of y by u, p1, p2 and p3 (by p4 it is g itself).
+template <class T>
+struct Partials {
+  T u, p1, p2, p3;
+};
+
+template <class M>
+LEAF_FUNCTION Partials<typename M::T> leaf_partials(const typename M::T& u, const typename M::T& g,
+                                                    const Parameters<typename M::T>& p) {
+  using T = typename M::T;
+  const Sigmoid<T> s = sigmoid<M>(p.p3 * u);
+  const T ls = (p.p1 * u + p.p2) * s.slope;
+  const T gs = g * s.value;
+  return {g * (p.p1 * s.value + ls * p.p3), gs * u, gs, (g * ls) * u};
+}
+
+// The derivative of y along v = (v, v1, v2, v3, v4), a direction of (u, p1, p2, p3, p4), and g times the derivative of
+// that by u, p1, p2 and p3 (by p4 it is 0): what the gradients of leaf_partials ask for.
+//
+//   D = l'·s + l·s·s̄·z' + v4      l' = p1·v + v1·u + v2, z' = p3·v + v3·u
+template <class T>
+struct Along {
+  T value;
+  Partials<T> partials;
+};
+
+template <class M>
+LEAF_FUNCTION Along<typename M::T> leaf_along(const typename M::T& u, const typename M::T& g,
+                                              const Parameters<typename M::T>& p, const typename M::T& v,
+                                              const Parameters<typename M::T>& vp) {
+  using T = typename M::T;
+  const Sigmoid<T> s = sigmoid<M>(p.p3 * u);
+  const T curvature = s.slope * (1 - 2 * s.value);
+  const T l = p.p1 * u + p.p2, dl = p.p1 * v + vp.p1 * u + vp.p2;
+  const T dz = p.p3 * v + vp.p3 * u;
+  const T slope_dz = s.slope * dz, ls = l * s.slope;
+  const T by_z = dl * s.slope + l * curvature * dz;
+  return {dl * s.value + l * slope_dz + vp.p4,
+          {g * (vp.p1 * s.value + p.p3 * by_z + p.p1 * slope_dz + ls * vp.p3), g * (v * s.value + u * slope_dz),
+           g * slope_dz, g * (by_z * u + ls * v)}};
+}
+
+}  // namespace leaf_cuda
