@@ -1,0 +1,19 @@
+"""LEAF, the Learnable Extended Activation Function, as fused CPU and CUDA kernels for PyTorch."""
+
+from ._version import __version__
+from .function import LeafFunction
+from .functional import FallbackWarning, ahaf, leaf
+from .info import backend_for, build_info
+from .modules import AHAF, LEAF
+
+__all__ = [
+    "AHAF",
+    "FallbackWarning",
+    "LEAF",
+    "LeafFunction",
+    "__version__",
+    "ahaf",
+    "backend_for",
+    "build_info",
+    "leaf",
+]

@@ -1,0 +1,57 @@
+"""vmap rules: a batch is one more dimension of u, and of the parameters that have it, so that a batch is one call."""
+
+import torch
+from torch import Tensor
+
+from . import _ops
+
+
+def _batch_first(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """(…) with the batch at `dim`, or without → (batch, …)."""
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _aligned(p: Tensor | None, dim: int | None, size: int, rank: int, own: bool) -> Tensor | None:
+    """A parameter as it broadcasts to (batch, *u.shape), where u has `rank` dimensions, with 1 for the batch where it is
+    not batched. With `own` every part of the batch has its own copy, which gets its own gradient."""
+    if p is None:
+        return None
+    p = _batch_first(p, dim, size if own else 1)
+    batch, *shape = p.shape
+    while len(shape) > rank and shape[0] == 1:  # it may begin with 1s beyond u's dimensions
+        del shape[0]
+    return p.reshape(batch, *(1,) * (rank - len(shape)), *shape)
+
+
+def forward_rule(leaf_forward):
+    """The vmap rule of `leaf_forward`, and by it."""
+
+    def rule(info, in_dims, u, *parameters):
+        size = info.batch_size
+        u = _batch_first(u, in_dims[0], size)
+        aligned = [_aligned(p, dim, size, u.dim() - 1, own=False) for p, dim in zip(parameters, in_dims[1:])]
+        return leaf_forward(u, *aligned), 0
+
+    return rule
+
+
+def backward_rule(leaf_backward):
+    """The vmap rule of `leaf_backward`, and by it. Every part of a batch has its own gradient of each parameter."""
+
+    def rule(info, in_dims, grad, u, *rest):
+        *parameters, mask = rest
+        dims, size = in_dims[2:6], info.batch_size
+        u = _batch_first(u, in_dims[1], size)
+        aligned = [_aligned(p, dim, size, u.dim() - 1, own) for p, dim, own in zip(parameters, dims, mask[1:])]
+        du, *dp = leaf_backward(_batch_first(grad, in_dims[0], size), u, *aligned, mask)
+        for q, (p, dim) in enumerate(zip(parameters, dims)):
+            if dp[q] is not None:
+                dp[q] = dp[q].reshape(_batch_first(p, dim, size).shape)
+        results = (du, *dp)
+        return results, tuple(None if t is None else 0 for t in results)
+
+    return rule
+
+
+torch.library.register_vmap("leaf_cuda::leaf_forward", forward_rule(_ops.leaf_forward))
+torch.library.register_vmap("leaf_cuda::leaf_backward", backward_rule(_ops.leaf_backward))

@@ -1,0 +1,59 @@
+"""LEAF as a torch.autograd.Function: what takes the fused kernels through torch.func."""
+
+import torch
+
+from . import _ops, batching, sharding
+
+
+def differentiates_forward() -> bool:
+    """Whether a torch.func.jvp or a forward_ad.dual_level is around this call. A Function's own jvp is wrong in a second
+    one; the operators are right there."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+class _LeafBackward(torch.autograd.Function):
+    """(grad, u, p1, p2, p3, p4, mask) → (du, dp1, dp2, dp3, dp4), None where the mask or the parameter has none."""
+
+    @staticmethod
+    def forward(grad, u, p1, p2, p3, p4, mask):
+        return _ops.leaf_backward(grad, u, p1, p2, p3, p4, mask)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:6])
+
+    @staticmethod
+    def backward(ctx, *v):
+        gradients = _ops.leaf_double_backward(*v, *ctx.saved_tensors, ctx.needs_input_grad[:6])
+        return *gradients, None
+
+    @staticmethod
+    def vmap(*arguments):
+        return batching.backward_rule(_LeafBackward.apply)(*arguments)
+
+
+class LeafFunction(torch.autograd.Function):
+    """``LeafFunction.apply(u, p1, p2, p3, p4)``: what :func:`leaf_cuda.leaf` computes; p2 and p4 may be None.
+
+    Saves u and the parameters only, and asks the backward kernel for just the gradients that are needed. It has no
+    forward-mode derivative (``torch.func.jvp``), :func:`leaf_cuda.leaf` has.
+    """
+
+    @staticmethod
+    def forward(u, p1, p2, p3, p4):
+        sharding.prepare(u)
+        return _ops.leaf_forward(u, p1, p2, p3, p4)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        backward = _ops.leaf_backward if differentiates_forward() else _LeafBackward.apply
+        return backward(grad, *ctx.saved_tensors, ctx.needs_input_grad)
+
+    @staticmethod
+    def vmap(*arguments):
+        return batching.forward_rule(LeafFunction.apply)(*arguments)

@@ -1,0 +1,114 @@
+"""LEAF and AHAF as functions of tensors."""
+
+from __future__ import annotations
+
+import numbers
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import _ops, reference, sharding
+from .function import LeafFunction, differentiates_forward
+
+
+class FallbackWarning(UserWarning):
+    """leaf_cuda runs the PyTorch formula, because this build has no fused kernel for the device."""
+
+
+_warned: set[str] = set()
+
+
+def _warn_fallback(device: str) -> None:
+    if device in _warned:
+        return
+    _warned.add(device)
+    how = (
+        "rebuild leaf_cuda with a CUDA build of torch and the CUDA toolkit (CUDA_HOME)"
+        if device == "cuda"
+        else "move the tensors to a CPU or a CUDA device"
+    )
+    warnings.warn(
+        f"leaf_cuda has no fused kernel for device '{device}' in this build and runs the PyTorch formula there; "
+        f"for the fused kernel, {how}",
+        FallbackWarning,
+        stacklevel=4,
+    )
+
+
+def _as_tensors(u: Tensor, given: dict) -> list[Tensor | None]:
+    """The parameters with tensors in the place of numbers, all in the arithmetic dtype: half precision would round the
+    numbers."""
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    tensors = []
+    for name, p in given.items():
+        optional = name in ("p2", "p4")
+        if isinstance(p, numbers.Real) and not isinstance(p, bool):
+            try:
+                p = torch.full((), float(p), dtype=dtype, device=u.device)
+            except OverflowError:
+                raise ValueError(f"leaf: {name} is {p}; it takes a number in the range of {dtype}") from None
+        elif isinstance(p, Tensor) and p.dtype in (torch.float16, torch.bfloat16):
+            p = p.to(dtype)
+        elif not (isinstance(p, Tensor) or (optional and p is None)):
+            takes = "a tensor, a real number or None" if optional else "a tensor or a real number"
+            raise TypeError(f"leaf: {name} is of type {type(p).__name__}; it takes {takes}")
+        tensors.append(p)
+    return tensors
+
+
+def leaf(u: Tensor, p1, p2, p3, p4) -> Tensor:
+    """The Learnable Extended Activation Function, y = (p1·u + p2)·σ(p3·u) + p4.
+
+    Bodyanskiy & Kostiuk 2023, doi 10.47839/ijc.22.3.3225. Forward and backward are one fused pass each.
+
+    Args:
+        u: float64, float32, bfloat16 or float16, of any shape and layout.
+        p1, p2, p3, p4: the parameters: tensors that broadcast to u's shape by PyTorch's (right-aligned) rule, all of
+            one dtype: u's, or float32 for a bfloat16 or float16 u. A real number stands for a parameter that is not
+            trained, None for p2 = 0 or p4 = 0.
+
+    Returns:
+        A tensor of u's shape, dtype and layout. Arithmetic is in float32 (float64 for float64) and rounded once.
+
+    Raises:
+        TypeError: an argument is no tensor or number, or its dtype does not fit.
+        ValueError: a parameter does not broadcast to u, or is on another device.
+    """
+    if not (
+        isinstance(u, Tensor)
+        and isinstance(p1, Tensor)
+        and (p2 is None or isinstance(p2, Tensor))
+        and isinstance(p3, Tensor)
+        and (p4 is None or isinstance(p4, Tensor))
+    ):
+        given = (u, p1, p2, p3, p4)
+        if torch.overrides.has_torch_function(given):  # torch.fx's Proxy, and tensor-likes
+            return torch.overrides.handle_torch_function(leaf, given, *given)
+        if not isinstance(u, Tensor):
+            raise TypeError(f"leaf: u is of type {type(u).__name__}; it takes a tensor")
+        p1, p2, p3, p4 = _as_tensors(u, {"p1": p1, "p2": p2, "p3": p3, "p4": p4})
+    sharding.prepare(u)
+    if not _ops.has_kernel(u.device.type):
+        return _composite(u, p1, p2, p3, p4)
+    if torch._C._are_functorch_transforms_active() and not differentiates_forward():
+        return LeafFunction.apply(u, p1, p2, p3, p4)
+    return _ops.leaf_forward(u, p1, p2, p3, p4)
+
+
+def _composite(u: Tensor, *parameters: Tensor | None) -> Tensor:
+    for name, p in zip(("p1", "p2", "p3", "p4"), parameters):
+        if p is not None and p.device != u.device:
+            raise ValueError(f"leaf: {name} is on {p.device}, but u is on {u.device}; all tensors take one device")
+    with torch.no_grad():  # the operator's checks, without its work
+        _ops.leaf_forward(u.to("meta"), *(None if p is None else p.to("meta") for p in parameters))
+    _warn_fallback(u.device.type)
+    return reference.leaf(u, *parameters)
+
+
+def ahaf(u: Tensor, beta, gamma) -> Tensor:
+    """The Adaptive Hybrid Activation Function, y = β·u·σ(γ·u): LEAF with p1 = β, p3 = γ and p2 = p4 = 0.
+
+    Bodyanskiy & Kostiuk 2022, doi 10.20535/srit.2308-8893.2022.1.07. Arguments and errors as :func:`leaf`'s.
+    """
+    return leaf(u, beta, None, gamma, None)

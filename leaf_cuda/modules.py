@@ -1,0 +1,175 @@
+"""LEAF and AHAF as modules."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .functional import ahaf, leaf
+
+#: The initial forms (p1, p2, p3, p4) of the authors, and two more of the same family.
+FORMS = {
+    "ReLU": (1.0, 0.0, 2.0**16, 0.0),
+    "SiLU": (1.0, 0.0, 1.0, 0.0),
+    "Tanh": (0.0, 2.0, 2.0, -1.0),
+    "Sigmoid": (0.0, 1.0, 1.0, 0.0),
+    "CUSTOM": (1.0, 0.0, 10.0, 0.0),
+    "GELU": (1.0, 0.0, 1.702, 0.0),
+    "Identity": (2.0, 0.0, 0.0, 0.0),
+}
+
+
+def _is_low_precision(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize < 4
+
+
+def _form(init_as) -> tuple[float, float, float, float]:
+    """(p1, p2, p3, p4) of a form's name, ("Swish", β), or an explicit tuple of four numbers."""
+    if isinstance(init_as, str):
+        if init_as in FORMS:
+            return FORMS[init_as]
+    elif isinstance(init_as, Sequence):
+        if len(init_as) == 2 and init_as[0] == "Swish" and isinstance(init_as[1], numbers.Real):
+            return (1.0, 0.0, float(init_as[1]), 0.0)
+        if len(init_as) == 4 and all(isinstance(x, numbers.Real) for x in init_as):
+            return tuple(float(x) for x in init_as)
+    raise ValueError(
+        f"init_as is {init_as!r}; it takes one of {', '.join(map(repr, FORMS))}, ('Swish', beta), or a tuple "
+        "(p1, p2, p3, p4)"
+    )
+
+
+def _size(size) -> tuple[int, ...]:
+    sizes = tuple(size) if isinstance(size, Iterable) else (size,)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
+        raise ValueError(f"size is {size!r}; it takes positive integers")
+    return sizes
+
+
+class _LearnableActivation(nn.Module):
+    """What LEAF and AHAF share: sizes, initial forms, and parameters that stay in float32.
+
+    2^16, the ReLU form's p3, is infinite in float16. So a conversion of the module to float16, bfloat16 or less leaves
+    these parameters in float32, unless ``keep_float32`` is False; conversions to other dtypes and devices go through.
+    """
+
+    keep_float32: bool
+
+    def _initial_values(self) -> dict[str, float]:
+        """The parameters' names and initial values."""
+        raise NotImplementedError
+
+    def __init__(self, *, size=(1,), init_as="ReLU", device=None, dtype=None, keep_float32: bool = True):
+        super().__init__()
+        self.size = _size(size)
+        self.init_as = init_as
+        self.keep_float32 = keep_float32
+        if dtype is None:
+            dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype is {dtype}; it takes a floating-point dtype")
+        for name, value in self._initial_values().items():
+            if abs(value) > torch.finfo(dtype).max and math.isfinite(value):
+                raise ValueError(
+                    f"dtype is {dtype}, which cannot hold {name} = {value:g} of the form {init_as!r}; it takes "
+                    "torch.float32 (also for inputs in half precision) or torch.bfloat16"
+                )
+            setattr(self, name, nn.Parameter(torch.empty(self.size, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    @classmethod
+    def per_layer(cls, **kwargs):
+        """One set of parameters for the whole layer, of shape (1,)."""
+        return cls(size=(1,), **kwargs)
+
+    @classmethod
+    def per_channel(cls, num_channels: int, spatial_dims: int = 2, **kwargs):
+        """One set per channel, of shape (num_channels, 1, ...) with a 1 for each spatial dimension behind the channels.
+
+        ``spatial_dims=2`` is for (N, C, H, W), in either memory format; 0 for (N, C), (N, L, C) and (N, H, W, C).
+        """
+        if not isinstance(spatial_dims, int) or spatial_dims < 0:
+            raise ValueError(f"spatial_dims is {spatial_dims!r}; it takes an integer from 0")
+        return cls(size=(num_channels,) + (1,) * spatial_dims, **kwargs)
+
+    @classmethod
+    def per_element(cls, shape, **kwargs):
+        """One set per element of the activation map, whose shape, without the batch, is ``shape``."""
+        return cls(size=shape, **kwargs)
+
+    def reset_parameters(self) -> None:
+        """Back to the initial form."""
+        for name, value in self._initial_values().items():
+            nn.init.constant_(getattr(self, name), value)
+
+    def _apply(self, fn, recurse=True):
+        def keeping_float32(t: Tensor) -> Tensor:
+            result = fn(t)
+            if _is_low_precision(result.dtype) and not _is_low_precision(t.dtype):
+                return t.to(device=result.device, dtype=torch.float32)
+            return result
+
+        return super()._apply(keeping_float32 if self.keep_float32 else fn, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        # With assign=True the checkpoint's tensors become the parameters.
+        if self.keep_float32 and local_metadata.get("assign_to_params_buffers", False):
+            for name, own in self.named_parameters(recurse=False):
+                loaded = state_dict.get(prefix + name)
+                narrow = isinstance(loaded, Tensor) and _is_low_precision(loaded.dtype)
+                if narrow and not _is_low_precision(own.dtype):
+                    state_dict[prefix + name] = loaded.to(own.dtype)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def extra_repr(self) -> str:
+        extra = f"size={self.size}, init_as={self.init_as!r}"
+        return extra if self.keep_float32 else extra + ", keep_float32=False"
+
+
+class LEAF(_LearnableActivation):
+    """Learnable Extended Activation Function, y = (p1·u + p2)·σ(p3·u) + p4, with trained p1, p2, p3 and p4.
+
+    Bodyanskiy & Kostiuk 2023, doi 10.47839/ijc.22.3.3225. A drop-in for an activation module: any shape to the same
+    shape, in float64, float32, bfloat16 or float16.
+
+    Args:
+        size: the shape of each parameter, which broadcasts to the input's by PyTorch's right-aligned rule: (1,) per
+            layer, (C, 1, 1) per channel of (N, C, H, W), the activation map's own shape per element. See
+            :meth:`per_layer`, :meth:`per_channel`, :meth:`per_element`.
+        init_as: the initial form: "ReLU", "SiLU", "Tanh", "Sigmoid", "CUSTOM", "GELU", "Identity", ("Swish", β), or a
+            tuple (p1, p2, p3, p4).
+        device, dtype: of the parameters; float32 serves bfloat16 and float16 inputs, float64 inputs take float64.
+        keep_float32: whether the parameters stay in float32 when the module is converted to float16 or bfloat16.
+
+    Raises:
+        ValueError: an unknown ``init_as``, a non-positive ``size``, or a form that ``dtype`` cannot hold.
+    """
+
+    def _initial_values(self) -> dict[str, float]:
+        return dict(zip(("p1", "p2", "p3", "p4"), _form(self.init_as)))
+
+    def forward(self, u: Tensor) -> Tensor:
+        return leaf(u, self.p1, self.p2, self.p3, self.p4)
+
+
+class AHAF(_LearnableActivation):
+    """Adaptive Hybrid Activation Function, y = β·u·σ(γ·u), with trained ``gamma`` and ``beta``.
+
+    Bodyanskiy & Kostiuk 2022, doi 10.20535/srit.2308-8893.2022.1.07. Arguments as :class:`LEAF`'s; ``init_as`` is a form
+    with p2 = p4 = 0 and p3 ≠ 0: "ReLU", "SiLU", "CUSTOM", "GELU" or ("Swish", β).
+    """
+
+    def _initial_values(self) -> dict[str, float]:
+        p1, p2, p3, p4 = _form(self.init_as)
+        if p2 != 0 or p3 == 0 or p4 != 0:
+            raise ValueError(
+                f"init_as is {self.init_as!r}, which is no form of AHAF: y = β·u·σ(γ·u) has p2 = p4 = 0 and p3 ≠ 0"
+            )
+        return {"gamma": p3, "beta": p1}
+
+    def forward(self, u: Tensor) -> Tensor:
+        return ahaf(u, self.beta, self.gamma)

@@ -1,0 +1,55 @@
+"""How the operators take DTensors: sharded along any dimension of u, the parameters that vary along it with it."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from . import _ops
+
+
+def prepare(u: torch.Tensor) -> None:
+    """Before the operators see u, which may be a DTensor."""
+    if type(u) is not torch.Tensor and hasattr(u, "placements"):
+        _register()
+
+
+@torch._dynamo.assume_constant_result
+def _register() -> None:
+    _register_once()
+
+
+@functools.cache
+def _register_once() -> None:
+    """Registers the operators' shardings with DTensor. Not on import, which torch.distributed.tensor would slow down."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+
+    def shardings(u, parameters):
+        """(placement of u, those of the parameters, those of the parameters' gradients), each that is right. A gradient
+        of a parameter that does not vary along the sharded dimension is a sum over the shards."""
+        yield Replicate(), [p and Replicate() for p in parameters], [p and Replicate() for p in parameters]
+        for d in range(u.ndim):
+            aligned = [p and d - u.ndim + p.ndim for p in parameters]
+            varies = [p and k >= 0 and p.shape[k] != 1 for p, k in zip(parameters, aligned)]
+            yield (
+                Shard(d),
+                [p and (Shard(k) if v else Replicate()) for p, k, v in zip(parameters, aligned, varies)],
+                [p and (Shard(k) if v else Partial()) for p, k, v in zip(parameters, aligned, varies)],
+            )
+
+    @register_sharding(_ops.leaf_forward)
+    def forward(u, *parameters):
+        return [([of_u], [of_u, *of_p]) for of_u, of_p, _ in shardings(u, parameters)]
+
+    @register_sharding(_ops.leaf_backward)
+    def backward(grad, u, *rest):
+        *parameters, mask = rest
+        return [
+            (
+                [placement if wanted else None for placement, wanted in zip([of_u, *of_dp], mask)],
+                [of_u, of_u, *of_p, None],
+            )
+            for of_u, of_p, of_dp in shardings(u, parameters)
+        ]
