@@ -1,0 +1,57 @@
+// The CUDA backend's kernels and launch planner on the host: leaf_kernels.cu and leaf_cuda.cpp with the emulation's
+// launch in place of the stream's. Registers leaf_cuda_emulated's operators, on CPU tensors.
+#include <ATen/ops/empty.h>
+
+#include <cstring>
+
+#include "../../csrc/cuda/leaf_launch.cuh"
+#include "../../csrc/leaf_ops.h"
+#include "cuda_emulation.h"
+
+namespace {
+
+using namespace leaf_cuda;
+
+// The schedule of the following launches, and how many multiprocessors the planner sees.
+cuda_emulation::Schedule schedule{cuda_emulation::Schedule::ascending, cuda_emulation::Schedule::ascending, 0};
+int64_t multiprocessors = 2;
+
+void configure(int64_t blocks, int64_t threads, int64_t seed, int64_t processors) {
+  using Order = cuda_emulation::Schedule::Order;
+  schedule = {static_cast<Order>(blocks), static_cast<Order>(threads), static_cast<uint64_t>(seed)};
+  multiprocessors = processors;
+}
+
+const auto emulated_launch = [](auto kernel, dim3 grid, int threads, size_t shared_bytes, const auto&... args) {
+  cuda_emulation::launch(schedule, kernel, grid, dim3(threads), shared_bytes, args...);
+};
+
+// What a kernel does not write reads as NaN.
+void poison(void* p, int64_t bytes) {
+  if (p) std::memset(p, 0xff, bytes);
+}
+
+void run_forward(const ForwardArgs& a, const Tensor&) {
+  if (a.y != a.u) poison(a.y, a.plan.numel() * c10::elementSize(a.dtype));
+  cuda::launch_forward(a, multiprocessors, emulated_launch);
+}
+
+void run_backward(const BackwardArgs& a, const Tensor& u) {
+  if (a.du != a.u) poison(a.du, a.plan.numel() * c10::elementSize(a.dtype));
+  for (void* dp : a.dp) poison(dp, a.plan.count * c10::elementSize(a.dp_dtype));
+  const cuda::BackwardPlan plan = cuda::plan_backward(a, multiprocessors);
+  const Tensor workspace = at::empty({plan.workspace_bytes}, u.options().dtype(at::kByte));
+  poison(workspace.mutable_data_ptr(), plan.workspace_bytes);
+  cuda::launch_backward(a, plan, workspace.mutable_data_ptr(), emulated_launch);
+}
+
+constexpr Loops kLoops = {run_forward, run_backward};
+
+}  // namespace
+
+TORCH_LIBRARY(leaf_cuda_emulated, library) {
+  define_operators(library);
+  library.def("configure(int block_order, int thread_order, int seed, int multiprocessors) -> ()", configure);
+}
+
+TORCH_LIBRARY_IMPL(leaf_cuda_emulated, CPU, library) { implement_operators<kLoops>(library); }

@@ -1,0 +1,132 @@
+"""What the compiler made of the CUDA kernels: a table of each kernel's resources and instructions, and the rules.
+
+    python tests/kernel_resources.py [object or library]     (default: the installed leaf_cuda._C)
+
+Needs cuobjdump and nvdisasm: of the CUDA toolkit, of the packages nvidia-cuda-cuobjdump and nvidia-nvdisasm, or of
+Triton, which comes with CUDA builds of torch. Exits with 1 if a kernel breaks a rule.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Two blocks of 256 threads on a multiprocessor with 65,536 registers.
+MAX_REGISTERS = 128
+
+
+@dataclass
+class Kernel:
+    name: str
+    architecture: str
+    registers: int = 0
+    stack: int = 0
+    local: int = 0
+    opcodes: Counter = field(default_factory=Counter)
+
+    def count(self, pattern: str) -> int:
+        return sum(n for opcode, n in self.opcodes.items() if re.match(pattern, opcode))
+
+    def broken_rules(self) -> list[str]:
+        broken = []
+        if self.registers > MAX_REGISTERS:
+            broken.append(f"more than {MAX_REGISTERS} registers")
+        if self.stack or self.local or self.count(r"LDL|STL"):
+            broken.append("local memory")
+        if self.count(r"(RED|REDG|ATOM|ATOMG|ATOMS)\b.*(F16|F32|F64|BF16|CAST\.SPIN)"):
+            broken.append("floating-point atomics")
+        if self.is_vectorised and not (self.count(r"LDG\.E.*\.128") and self.count(r"STG\.E.*\.128")):
+            broken.append("no 128-bit loads or stores")
+        return broken
+
+    @property
+    def is_vectorised(self) -> bool:
+        """Kernels of one element at a time are <S, 1, Unroll>."""
+        return "finish" not in self.name and ", 1," not in self.name
+
+
+def find_tool(name: str) -> str:
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / name
+    found = [shutil.which(name), str(home) if home.exists() else None]
+    for package in ("triton", "nvidia"):
+        spec = importlib.util.find_spec(package)
+        for folder in spec.submodule_search_locations if spec else ():
+            found += [str(p) for p in Path(folder).rglob(name) if os.access(p, os.X_OK) and p.is_file()]
+    tool = next(filter(None, found), None)
+    if tool is None:
+        sys.exit(f"kernel_resources: {name} is not here: pip install nvidia-cuda-cuobjdump nvidia-nvdisasm")
+    return tool
+
+
+def dump(binary: str, *flags: str) -> str:
+    cuobjdump = find_tool("cuobjdump")
+    path = os.pathsep.join([str(Path(find_tool("nvdisasm")).parent), os.environ["PATH"]])
+    run = subprocess.run(
+        [cuobjdump, *flags, binary], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
+    )
+    return run.stdout
+
+
+def short_name(mangled: str) -> str:
+    name = subprocess.run(["c++filt", mangled], capture_output=True, text=True).stdout.strip()
+    match = re.search(r"(\w+)<(.*?)>\(", name)
+    if not match:
+        return name
+    arguments = re.sub(r"\(int\)|c10::", "", match[2])
+    return f"{match[1]}<{arguments}>"
+
+
+def kernels(binary: str) -> list[Kernel]:
+    by_key: dict[tuple[str, str], Kernel] = {}
+    architecture = kernel = None
+    for line in dump(binary, "--dump-sass").splitlines():
+        if match := re.match(r"\s*code for (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            kernel = by_key.setdefault((architecture, match[1]), Kernel(short_name(match[1]), architecture))
+        elif kernel and (match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)):
+            kernel.opcodes[match[1]] += 1
+    for line in dump(binary, "--dump-resource-usage").splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line) or re.match(r"\s*code for (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            kernel = by_key.get((architecture, match[1]))
+        elif kernel and (match := re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", line)):
+            kernel.registers, kernel.stack, kernel.local = map(int, match.groups())
+    return sorted(by_key.values(), key=lambda k: (k.architecture, k.name))
+
+
+def main() -> int:
+    if len(sys.argv) > 1:
+        binary = sys.argv[1]
+    else:
+        import leaf_cuda
+
+        binary = leaf_cuda._ops._C.__file__
+    found = kernels(binary)
+    if not found:
+        print(f"kernel_resources: {binary} holds no CUDA kernels")
+        return 1
+    print(
+        f"{'kernel':42} {'arch':6} {'regs':>4} {'stack':>5} {'instr':>6} {'LDG128':>6} {'STG128':>6} {'MUFU':>5}  rules"
+    )
+    for k in found:
+        counts = [sum(k.opcodes.values()), k.count(r"LDG\.E.*\.128"), k.count(r"STG\.E.*\.128"), k.count(r"MUFU")]
+        rules = "; ".join(k.broken_rules()) or "kept"
+        print(
+            f"{k.name:42} {k.architecture:6} {k.registers:4} {k.stack:5} {counts[0]:6} {counts[1]:6} {counts[2]:6} "
+            f"{counts[3]:5}  {rules}"
+        )
+    broken = sum(bool(k.broken_rules()) for k in found)
+    unread = sum(k.registers == 0 for k in found)
+    print(f"{len(found)} kernels, {broken} break a rule, {unread} without a resource report")
+    return 1 if broken or unread else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

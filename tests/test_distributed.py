@@ -1,0 +1,204 @@
+"""Two processes on this machine, by gloo: gradients are the single process's."""
+
+import traceback
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import leaf_cuda
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not in this build of torch")
+
+WORLD = 2
+
+
+def network(dtype=torch.float32):
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8), leaf_cuda.LEAF(size=(8,)), nn.Linear(8, 4), leaf_cuda.AHAF(init_as="SiLU")]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def batch():
+    return torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
+
+
+def loss(y):
+    return y.float().square().mean()
+
+
+def share(t, rank):
+    return t.chunk(WORLD)[rank]
+
+
+def assert_trained(model, x, tolerance, full=lambda t: t):
+    """One step on x; the gradients are those of a single process with the whole batch."""
+    single = network()
+    loss(single(batch())).backward()
+    loss(model(x)).backward()
+    for p, expected in zip(model.parameters(), single.parameters(), strict=True):
+        assert p.dtype == p.grad.dtype
+        torch.testing.assert_close(full(p.grad).float(), expected.grad, rtol=tolerance, atol=tolerance)
+    before = [full(p).clone() for p in model.parameters()]
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not all(torch.equal(full(p), b) for p, b in zip(model.parameters(), before))
+
+
+# ---- what both processes run; (rank, mesh) ---------------------------------------------------------------------------
+
+
+def ddp(rank, mesh):
+    assert_trained(DistributedDataParallel(network()), share(batch(), rank), 1e-6)
+
+
+def activations(model):
+    return [m for m in model if isinstance(m, leaf_cuda.LEAF | leaf_cuda.AHAF)]
+
+
+def fsdp(rank, mesh, model=None, x=None, policies=None, tolerance=1e-6):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    model = network() if model is None else model
+    of_leaf, of_model = policies or ({}, {})
+    if of_leaf is not None:
+        for m in activations(model):
+            fully_shard(m, mesh=mesh, **of_leaf)
+    fully_shard(model, mesh=mesh, **of_model)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    assert_trained(model, share(batch(), rank) if x is None else x, tolerance, lambda p: p.full_tensor())
+    assert all(p.dtype == torch.float32 for m in activations(model) for p in m.parameters())
+
+
+def policy(dtype):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
+
+
+def own():
+    """Of LEAF in a group of its own: its parameters stay in float32, its input in the dtype that it comes in."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return {"mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
+
+
+def fsdp_in_one_group(rank, mesh):
+    fsdp(rank, mesh, policies=(None, {}))
+
+
+def fsdp_with_a_policy(rank, mesh):
+    fsdp(rank, mesh, policies=(None, policy(torch.bfloat16)), tolerance=5e-2)
+
+
+def fsdp_with_a_float16_policy(rank, mesh):
+    fsdp(rank, mesh, policies=(own(), policy(torch.float16)), tolerance=5e-3)
+
+
+def fsdp_of_low_precision_weights(rank, mesh):
+    model = network(torch.bfloat16)
+    x = share(batch(), rank).bfloat16()
+    fsdp(rank, mesh, model, x, policies=(own(), {}), tolerance=5e-2)
+
+
+def fsdp_of_low_precision_weights_in_one_group(rank, mesh):
+    """FSDP's own refusal, which the README answers."""
+    with pytest.raises(AssertionError, match="uniform original parameter dtype"):
+        fsdp(rank, mesh, network(torch.bfloat16), share(batch(), rank).bfloat16(), policies=(None, {}))
+
+
+def dtensor(rank, mesh):
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+
+    generator = torch.Generator().manual_seed(2)
+    u = torch.randn(4, 6, 2, generator=generator)
+    parameters = [torch.randn(s, generator=generator) for s in ((6, 1), (1,), (), (6, 2))]
+
+    def run(placement=None):
+        def put(t, p):
+            return (t.clone() if placement is None else distribute_tensor(t, mesh, [p])).requires_grad_()
+
+        leaves = [put(u, placement), *(put(p, Replicate()) for p in parameters)]
+        y = leaf_cuda.leaf(*leaves)
+        y.sin().sum().backward()
+        return [y, *(t.grad for t in leaves)]
+
+    expected = run()
+    for placement, of_gradients in {
+        Shard(0): [Partial()] * 4,
+        Shard(1): [Shard(0), Partial(), Partial(), Shard(0)],
+        Shard(2): [Partial(), Partial(), Partial(), Shard(1)],
+        Replicate(): [Replicate()] * 4,
+    }.items():
+        results = run(placement)
+        assert [r.placements[0] for r in results] == [placement, placement, *of_gradients]
+        for r, e in zip(results, expected):
+            torch.testing.assert_close(r.full_tensor(), e)
+
+    sharded = distribute_tensor(u, mesh, [Shard(0)])
+    one = torch.ones(2)
+    y = leaf_cuda.ahaf(sharded, distribute_tensor(one, mesh, [Replicate()]), 2)
+    torch.testing.assert_close(y.full_tensor(), leaf_cuda.ahaf(u, one, 2))
+    with pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"):
+        leaf_cuda.ahaf(sharded, one, 2)
+
+
+def compiled_dtensor(rank, mesh):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    u, p = torch.randn(4, 3, generator=torch.Generator().manual_seed(3)), torch.ones(3)
+    arguments = distribute_tensor(u, mesh, [Shard(0)]), distribute_tensor(p, mesh, [Replicate()])
+    compiled = torch.compile(lambda u, p: leaf_cuda.ahaf(2 * u, p, p), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments).full_tensor(), torch.nn.functional.silu(2 * u))
+
+
+CHECKS = [
+    ddp,
+    fsdp,
+    fsdp_in_one_group,
+    fsdp_with_a_policy,
+    fsdp_with_a_float16_policy,
+    fsdp_of_low_precision_weights,
+    fsdp_of_low_precision_weights_in_one_group,
+    dtensor,
+    compiled_dtensor,
+]
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    minute = timedelta(minutes=1)  # not half an hour, should one of the two fail alone
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=minute)
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    failures = {}
+    for check in CHECKS:
+        try:
+            check(rank, mesh)
+        except BaseException:
+            failures[check.__name__] = traceback.format_exc()
+        # Of both, or else one would wait for the other in the next check.
+        everyones = [None] * WORLD
+        dist.all_gather_object(everyones, failures.get(check.__name__))
+    torch.save(failures, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    """check → what went wrong in it. The processes run all checks, for a start takes longer than a check."""
+    folder = tmp_path_factory.mktemp("processes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        torch.multiprocessing.spawn(process, (folder,), nprocs=WORLD)
+    return {k: v for rank in range(WORLD) for k, v in torch.load(f"{folder}/{rank}.pt").items()}
+
+
+@pytest.mark.parametrize("check", [c.__name__ for c in CHECKS])
+def test_two_processes(failures, check):
+    assert check not in failures, failures[check]

@@ -1,0 +1,97 @@
+"""Graphs of a network with LEAF that run elsewhere: torch.export, AOTInductor, ONNX, torch.fx, torch.jit.trace."""
+
+import pytest
+import torch
+from torch import nn
+
+import leaf_cuda
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        leaf_cuda.LEAF.per_channel(4),
+        leaf_cuda.LEAF.per_element((4, 6, 6), init_as="SiLU"),
+        nn.Flatten(),
+        nn.Linear(144, 5),
+        leaf_cuda.LEAF(init_as="Tanh"),
+        leaf_cuda.AHAF(size=(5,)),
+    )
+
+
+def images(n):
+    return torch.randn(n, 3, 8, 8)
+
+
+def exported(strict=False):
+    batch = {0: torch.export.Dim("batch", min=1)}
+    return torch.export.export(network(), (images(2),), dynamic_shapes=(batch,), strict=strict)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict):
+    """One operator in the graph; another batch size and, saved and loaded, another process's numbers."""
+    program = exported(strict)
+    assert str(program.graph).count("leaf_cuda.leaf_forward") == 4
+    for n in (1, 2, 7):
+        x = images(n)
+        assert torch.equal(program.module()(x), network()(x))
+
+
+def test_export_of_training(tmp_path):
+    torch.export.save(exported(), tmp_path / "leaf.pt2")
+    module = torch.export.load(tmp_path / "leaf.pt2").module()
+    x, own = images(3), network()
+    module(x).square().sum().backward()
+    own(x).square().sum().backward()
+    for (name, a), (_, b) in zip(module.named_parameters(), own.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+def test_aot_inductor(tmp_path):
+    package = torch._inductor.aoti_compile_and_package(exported(), package_path=str(tmp_path / "leaf.pt2"))
+    compiled = torch._inductor.aoti_load_package(package)
+    for n in (2, 5):
+        x = images(n)
+        torch.testing.assert_close(compiled(x), network()(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("source", ["module", "ExportedProgram"])
+def test_onnx(tmp_path, source):
+    """Standard operators only, and their numbers by onnxruntime."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    path, x = tmp_path / "leaf.onnx", images(2)
+    if source == "module":
+        program = torch.onnx.export(network(), (x,), dynamo=True, verbose=False)
+    else:
+        program = torch.onnx.export(torch.export.export(network(), (x,)), (), dynamo=True, verbose=False)
+    program.save(path)
+    graph = onnx.load(path)
+    assert {node.domain for node in graph.graph.node} == {""} and not graph.functions
+    session = runtime.InferenceSession(path)
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), network()(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_fx():
+    traced = torch.fx.symbolic_trace(network())
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [leaf_cuda.leaf] * 4
+    x = images(2)
+    assert torch.equal(traced(x), network()(x))
+
+
+def test_fx_of_parameters():
+    def function(u, p1):
+        return leaf_cuda.leaf(u, p1, 0.5, 2, None)
+
+    u, p1 = torch.randn(2, 3), torch.randn(3)
+    assert torch.equal(torch.fx.symbolic_trace(function)(u, p1), function(u, p1))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_trace():
+    x = images(2)
+    assert torch.equal(torch.jit.trace(network(), x)(x), network()(x))

@@ -1,0 +1,62 @@
+"""Each planted bug in the CUDA kernels or their planner must fail the C++ kernel test (tests/cpp/kernels_test.cpp)."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+KERNELS, PLANNER = "csrc/cuda/leaf_kernels.cuh", "csrc/cuda/launch_plan.h"
+
+MUTATIONS = {
+    "none": (KERNELS, "", ""),
+    "no barrier before a block's sum": (KERNELS, "  __syncthreads();\n  A total = 0;", "  A total = 0;"),
+    "no barrier after a block's sum": (KERNELS, "  __syncthreads();  // before the next call writes\n", ""),
+    "no barrier before the columns' sum": (KERNELS, "  __syncthreads();\n  const int inner", "  const int inner"),
+    "no barrier in the finishing tree": (KERNELS, "      __syncthreads();\n      if (y < half)", "      if (y < half)"),
+    "a row's tail is one too long": (KERNELS, "first + N <= end ? N", "first + N <= end + 1 ? N"),
+    "a row's head is one too early": (KERNELS, "? static_cast<int>(begin - first) : 0", "? int(begin - first) - 1 : 0"),
+    "the columns' tail is one too short": (
+        KERNELS,
+        "static_cast<int>(in_tail) : 0;",
+        "static_cast<int>(in_tail) - 1 : 0;",
+    ),
+    "outer and inner swapped": (
+        PLANNER,
+        "r{plan.outer, plan.count, plan.inner}",
+        "r{plan.inner, plan.count, plan.outer}",
+    ),
+    "a tile too few": (PLANNER, "c.tiles = ceil_div(width, c.tx)", "c.tiles = width / c.tx"),
+    "steps too long": (PLANNER, "r.splits * r.threads / r.vectors;", "r.splits * r.threads / r.vectors + 1;"),
+    "workspace too small": (PLANNER, "whole ? 0 : parts * 4 * fold * count", "whole ? 0 : parts * 3 * fold * count"),
+    "unaligned rows taken as aligned": (PLANNER, "plan.inner % vector == 0 ?", "plan.inner > 0 ?"),
+    "no look at the pointers' alignment": ("csrc/cuda/leaf_launch.cuh", ") % 16 == 0;", ") % 1 == 0;"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.emulated
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_planted_bug_is_caught(name, tmp_path):
+    path, old, new = MUTATIONS[name]
+    for folder in ("csrc", "tests/cpp", "tests/emulation"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    if old:
+        text = (tmp_path / path).read_text()
+        assert text.count(old) == 1, f"{path} has the text to change {text.count(old)} times"
+        (tmp_path / path).write_text(text.replace(old, new))
+
+    torch_include = Path(torch.__file__).parent / "include"
+    command = ["g++", "-std=c++20", "-O1", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    command += ["-Itests/emulation/include", "-Itests/emulation", "-isystem", str(torch_include)]
+    command += ["tests/cpp/kernels_test.cpp", "tests/emulation/cuda_emulation.cpp", "-o", "kernels_test"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    result = subprocess.run(
+        ["./kernels_test", "--stop-at-first-failure"], cwd=tmp_path, capture_output=True, text=True, errors="replace"
+    )
+    if name == "none":
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    else:
+        assert result.returncode != 0, f"not caught: {result.stdout[-500:]}"

@@ -1,0 +1,335 @@
+"""The registered operators, and what stands around them: autograd, torch.compile, the fallback."""
+
+import itertools
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DTYPE_PAIRS, GRANULARITIES, LAYOUTS, assert_true, draw, dtype_id, evaluate, plain
+
+import leaf_cuda
+from leaf_cuda import _ops, functional
+
+FORWARD, BACKWARD = torch.ops.leaf_cuda.leaf_forward, torch.ops.leaf_cuda.leaf_backward
+
+
+def required(tensors, needed):
+    return [t if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needed)]
+
+
+OPCHECK_PAIRS = [DTYPE_PAIRS[0], DTYPE_PAIRS[1], (torch.bfloat16, torch.float32)]
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("needed", [False, True])
+@pytest.mark.parametrize("granularity", ["channel", "mixed", "no_p2", "ahaf"])
+@pytest.mark.parametrize("dtype, parameter_dtype", OPCHECK_PAIRS, ids=dtype_id)
+def test_opcheck(dtype, parameter_dtype, granularity, needed):
+    shape, shapes = GRANULARITIES[granularity](2, 3, 4, 5)
+    u, parameters, g = draw(shape, shapes, dtype=dtype, parameter_dtype=parameter_dtype)
+    mask = [True, *(p is not None for p in parameters)]
+    torch.library.opcheck(FORWARD, required([u, *parameters], [needed] * 5))
+    torch.library.opcheck(BACKWARD, (*required([g, u, *parameters], [needed] * 6), mask))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_of_layouts(layout):
+    u, parameters, g = draw(*GRANULARITIES["no_run"](2, 3, 4, 5))
+    u = LAYOUTS[layout](u)
+    torch.library.opcheck(FORWARD, (u, *parameters))
+    torch.library.opcheck(BACKWARD, (g, u, *parameters, [True] * 5))
+
+
+@pytest.mark.parametrize(
+    "mask", list(itertools.product([False, True], repeat=5)), ids=lambda m: "".join("01"[x] for x in m)
+)
+def test_opcheck_of_masks(mask):
+    u, parameters, g = draw(*GRANULARITIES["channel"](2, 3, 4, 5), dtype=torch.float32)
+    torch.library.opcheck(BACKWARD, (g, u, *parameters, list(mask)), test_utils=["test_schema", "test_faketensor"])
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"v": torch.ones(3)}, ValueError, "leaf_double_backward: v has shape"),
+        ({"v1": torch.ones(4)}, ValueError, "leaf_double_backward: v1 has shape"),
+        ({"v2": torch.ones(3)}, ValueError, "leaf_double_backward: v2 is a tensor, but p2 is None"),
+        ({"v3": torch.ones(3).half()}, TypeError, "leaf_double_backward: v3 has dtype"),
+        ({"grad": torch.ones(3)}, ValueError, "leaf_double_backward: grad has shape"),
+        ({"u": torch.ones(2, 3).to_sparse()}, TypeError, "u has layout"),
+    ],
+)
+def test_double_backward_checks_its_arguments(change, error, message):
+    given = dict.fromkeys(["v", "v1", "v2", "v3", "v4"])
+    given |= {"grad": torch.ones(2, 3), "u": torch.ones(2, 3)}
+    given |= {"p1": torch.ones(3), "p2": None, "p3": torch.ones(3), "p4": torch.ones(3), "output_mask": [True] * 6}
+    torch.ops.leaf_cuda.leaf_double_backward(**given)
+    with pytest.raises(error, match=message):
+        torch.ops.leaf_cuda.leaf_double_backward(**given | change)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("granularity", ["layer", "channel", "element", "features", "no_run", "mixed"])
+def test_masks_of_the_operator(device, granularity, layout):
+    """Only what is asked for comes, bitwise as when all is; layouts with an own du and with none."""
+    shape, shapes = GRANULARITIES[granularity](3, 4, 5, 6)
+    if len(shape) == 4:
+        u, parameters, g = draw(shape, shapes, dtype=torch.float32, device=device)
+        u = LAYOUTS[layout](u)
+    else:
+        u, parameters, g = draw(shape, shapes, dtype=torch.float32, device=device)
+    everything = BACKWARD(g, u, *parameters, [True] * 5)
+    for mask in itertools.product([False, True], repeat=5):
+        some = BACKWARD(g, u, *parameters, list(mask))
+        for k, wanted in enumerate(mask):
+            assert (some[k] is not None) == wanted
+            assert not wanted or torch.equal(some[k], everything[k])
+
+
+@pytest.mark.parametrize("granularity", ["channel", "mixed", "no_p2", "no_p4", "ahaf"])
+def test_subsets_that_require_gradients(device, route, granularity):
+    u, parameters, g = draw(*GRANULARITIES[granularity](3, 4, 5, 6), device=device)
+    all_gradients = evaluate(plain, u, parameters, g)[1:]
+    for needed in itertools.product([False, True], repeat=5):
+        arguments = required([u, *parameters], needed)
+        y = route(*arguments)
+        leaves = [t is not None and t.requires_grad for t in arguments]
+        assert y.requires_grad == any(leaves)
+        if not any(leaves):
+            continue
+        y.backward(g)
+        for t, wanted, expected in zip(arguments, leaves, all_gradients):
+            assert t is None or (t.grad is not None) == wanted
+            if wanted:
+                torch.testing.assert_close(t.grad, expected)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "mixed", "no_p2", "no_p4", "ahaf"])
+def test_backward_asks_for_no_more_than_is_needed(route, granularity):
+    """The mask that arrives at the kernel: du and p3 alone."""
+    seen = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            if function is BACKWARD.default:
+                seen.append(list(arguments[-1]))
+            return function(*arguments, **(kwargs or {}))
+
+    u, parameters, g = draw(*GRANULARITIES[granularity](3, 4, 5, 6))
+    arguments = required([u, *parameters], [True, False, False, True, False])
+    with Record():
+        route(*arguments).backward(g)
+    assert seen == [[True, False, False, True, False]]
+
+
+def test_routes_agree_bitwise(device):
+    u, parameters, g = draw(*GRANULARITIES["mixed"](3, 4, 5, 6), dtype=torch.float32, device=device)
+    results = [evaluate(f, u, parameters, g) for f in (leaf_cuda.leaf, leaf_cuda.LeafFunction.apply, FORWARD)]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    y = FORWARD(u, *parameters)
+    assert torch.equal(y, results[0][0]) and not y.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1:], BACKWARD(g, u, *parameters, [True] * 5)))
+
+
+def test_ahaf_is_leaf_without_p2_and_p4(device):
+    u, (p1, _, p3, _), g = draw(*GRANULARITIES["channel"](3, 4, 5, 6), dtype=torch.float32, device=device)
+    assert torch.equal(leaf_cuda.ahaf(u, p1, p3), leaf_cuda.leaf(u, p1, None, p3, None))
+    assert torch.equal(leaf_cuda.ahaf(u, p1, p3), leaf_cuda.leaf(u, p1, 0, p3, 0))
+
+
+@pytest.mark.parametrize(
+    "numbers", [(2, None, 1.5, None), (1, 0.5, 2, -1), (torch.ones(3, 1, 1), 0.5, 2, None)], ids=str
+)
+def test_numbers_are_constants(device, numbers):
+    u, _, g = draw((2, 3, 4, 5), [(1,)] * 4, dtype=torch.float32, device=device)
+    numbers = [p.to(device) if isinstance(p, torch.Tensor) else p for p in numbers]
+    tensors = [torch.full((1,), float(p), device=device) if isinstance(p, (int, float)) else p for p in numbers]
+    u.requires_grad_()
+    y = leaf_cuda.leaf(u, *numbers)
+    (du,) = torch.autograd.grad(y, u, g)
+    expected = evaluate(leaf_cuda.leaf, u, tensors, g)
+    assert torch.equal(y, expected[0]) and torch.equal(du, expected[1])
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel", "mixed", "no_p2", "no_p4", "ahaf"])
+def test_saves_only_u_and_the_parameters(device, route, granularity):
+    u, parameters, g = draw(
+        *GRANULARITIES[granularity](3, 4, 5, 6), dtype=torch.bfloat16, parameter_dtype=torch.float32, device=device
+    )
+    arguments = required([u, *parameters], [True] * 5)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = route(*arguments)
+    inputs = [t for t in arguments if t is not None]
+    assert len(saved) == len(inputs)
+    assert {(t.data_ptr(), t.numel(), t.dtype) for t in saved} == {(t.data_ptr(), t.numel(), t.dtype) for t in inputs}
+    y.backward(g)
+    assert all(t.grad is not None for t in inputs)
+
+
+def test_changes_in_place(device, route):
+    """y is not saved, so it may be changed; u is, so that backward raises."""
+    u, parameters, g = draw((3, 4), [(4,)] * 4, device=device)
+    expected = evaluate(route, u, parameters, g)
+    arguments = required([u, *parameters], [True] * 5)
+    y = route(*arguments)
+    y.detach().mul_(2)
+    y.backward(g)
+    assert torch.equal(arguments[0].grad, expected[1])
+    for changed in (u, parameters[2]):
+        arguments = [u.clone().requires_grad_(), *parameters]
+        changing = [t.clone() for t in [u, *parameters]]
+        k = 0 if changed is u else 3
+        changing = [t.requires_grad_() for t in changing]
+        y = route(*changing)
+        with torch.no_grad():
+            changing[k].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward(g)
+
+
+def test_graph_kept_and_gradients_accumulated(device, route):
+    u, parameters, g = draw((3, 4), [(4,)] * 4, device=device)
+    once = evaluate(route, u, parameters, g)[1:]
+    arguments = required([u, *parameters], [True] * 5)
+    y = route(*arguments)
+    y.backward(g, retain_graph=True)
+    y.backward(g)
+    assert all(torch.equal(t.grad, 2 * d) for t, d in zip(arguments, once))
+
+
+def test_without_gradients(device):
+    u, parameters, _ = draw((3, 4), [(4,)] * 4, device=device)
+    expected = leaf_cuda.leaf(u, *parameters)
+    arguments = required([u, *parameters], [True] * 5)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = leaf_cuda.leaf(*arguments)
+            assert not y.requires_grad and torch.equal(y, expected)
+
+
+# ---- torch.compile ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "granularity, backend", [("channel", "inductor"), ("channel", "aot_eager"), ("no_p2", "aot_eager")]
+)
+def test_compile(granularity, backend):
+    """No graph break, and the same numbers: in a model, with gradients, for a second shape too."""
+    torch._dynamo.reset()
+    _, parameters, _ = draw(*GRANULARITIES[granularity](2, 3, 4, 5), dtype=torch.float32)
+
+    def function(u, *p):
+        return leaf_cuda.leaf(2 * u, *p) + u
+
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for n in (2, 7, 4):
+        u, _, g = draw((n, 3, 4, 5), [(1,)] * 4, dtype=torch.float32)
+        for layout in ("contiguous", "channels_last"):
+            x = LAYOUTS[layout](u)
+            for a, b in zip(evaluate(compiled, x, parameters, g), evaluate(function, x, parameters, g)):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    torch.testing.assert_close(a, b)
+
+
+def test_compile_of_a_module():
+    torch._dynamo.reset()
+    module = leaf_cuda.LEAF.per_channel(3)
+    u = torch.randn(2, 3, 4, 5)
+    y = torch.compile(module, fullgraph=True, backend="aot_eager")(u)
+    assert torch.equal(y, module(u))
+    y.sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+# ---- which kernels run -----------------------------------------------------------------------------------------------
+
+
+def test_backend_for():
+    assert leaf_cuda.backend_for(torch.empty(0)) == "cpu"
+    assert leaf_cuda.backend_for(torch.empty(0, device="meta")) == "composite"
+
+
+def test_build_info():
+    info = leaf_cuda.build_info()
+    assert info.keys() == {"version", "torch", "compiler", "cuda", "cuda_architectures", "cpu_instruction_set"}
+    assert info["version"] == leaf_cuda.__version__
+    assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
+    assert info["cpu_instruction_set"] in ("DEFAULT", "AVX2", "AVX512")
+    assert (info["cuda"] is None) == (info["cuda_architectures"] is None)
+
+
+@pytest.mark.parametrize("capability, expected", [("default", "DEFAULT"), ("avx2", "AVX2")])
+def test_other_instruction_sets(capability, expected):
+    """The loops for older processors: chosen by ATEN_CPU_CAPABILITY, and as right as those tested here."""
+    if leaf_cuda.build_info()["cpu_instruction_set"] == "DEFAULT":
+        pytest.skip("this processor has one instruction set only")
+    program = f"""
+import leaf_cuda, torch
+from cases import DTYPE_PAIRS, GRANULARITIES, assert_true, draw, evaluate
+assert leaf_cuda.build_info()["cpu_instruction_set"] == {expected!r}
+torch.manual_seed(0)
+for granularity in GRANULARITIES:
+    shape, shapes = GRANULARITIES[granularity](5, 7, 9, 15)
+    for dtype, parameter_dtype in DTYPE_PAIRS:
+        u, p, g = draw(shape, shapes, dtype=dtype, parameter_dtype=parameter_dtype, scale=4.0)
+        assert_true(evaluate(leaf_cuda.leaf, u, p, g), u, p, g)
+"""
+    # From the tests' folder: the root has leaf_cuda's source, without a build.
+    environment = {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": ":".join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def no_cpu_kernel(monkeypatch):
+    monkeypatch.setattr(_ops, "has_kernel", lambda device_type: False)
+    monkeypatch.setattr(functional, "_warned", set())
+
+
+def test_fallback(no_cpu_kernel):
+    """The formula, right in every dtype, with one warning in a process."""
+    assert leaf_cuda.backend_for(torch.empty(0)) == "composite"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for dtype, parameter_dtype in DTYPE_PAIRS:
+            for granularity in ("channel", "mixed", "no_p2", "ahaf"):
+                shape, shapes = GRANULARITIES[granularity](2, 3, 4, 5)
+                u, parameters, g = draw(shape, shapes, dtype=dtype, parameter_dtype=parameter_dtype)
+                results = evaluate(leaf_cuda.leaf, u, parameters, g)
+                assert results[0].dtype == dtype
+                if dtype in (torch.float32, torch.float64):
+                    assert_true(results, u, parameters, g)
+                else:
+                    assert_true(results[:1], u, parameters, g)
+        leaf_cuda.LEAF()(torch.ones(3))
+    assert [w.category for w in caught] == [leaf_cuda.FallbackWarning]
+    message = str(caught[0].message)
+    assert "'cpu'" in message and "formula" in message
+    assert caught[0].filename == __file__.replace("test_operators", "cases")  # who called leaf
+
+
+def test_fallback_checks_its_arguments(no_cpu_kernel):
+    with pytest.raises(ValueError, match=r"p3 of shape \[4\]"):
+        leaf_cuda.leaf(torch.ones(4, 5), torch.ones(1), None, torch.ones(4), None)
+    with pytest.raises(TypeError, match="p1 has dtype Double"):
+        leaf_cuda.leaf(torch.ones(4, 5), torch.ones(1).double(), None, torch.ones(1).double(), None)
+    with pytest.raises(ValueError, match="p1 is on meta"):
+        leaf_cuda.leaf(torch.ones(4, 5), torch.ones(1, device="meta"), None, torch.ones(1), None)
+
+
+def test_no_warning_with_kernels():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        leaf_cuda.leaf(torch.ones(3, requires_grad=True), torch.ones(1), None, torch.ones(1), None).sum().backward()
