@@ -1,0 +1,158 @@
+"""Everything that only a CUDA machine can show, in one command and well inside ten minutes.
+
+    python benchmarks/gpu_check.py [--results FOLDER] [--quick]
+
+Builds in place for the GPU present, with the torch, ninja and pytest of this Python and without network; runs the whole
+test suite, compute-sanitizer's memcheck and racecheck on a few tests, and the benchmark; writes one folder of results.
+The last lines say what was run, what failed and what could not be run. Exit code: 0 nothing failed, 1 something did, 3
+no GPU.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NO_GPU = 3
+LIMIT_SECONDS = 540
+
+RESULT_FILES = {"csv": "benchmark.csv", "json": "benchmark.json", "markdown": "table.md"}
+
+# A few tests that reach each CUDA kernel; the checkers slow kernels down a hundredfold.
+CHECKED_TESTS = ["tests/test_golden.py", "-k", "cuda and (leaf0 or ahaf0)"]
+
+
+def gpu_name() -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    names = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")
+    return names[0].strip() or None
+
+
+class Run:
+    """Runs the steps, each with a log in the results' folder, and keeps what became of them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.started = time.monotonic()
+        self.outcomes: dict[str, str] = {}
+        self.missing: set[str] = set()
+        self.environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+
+    def step(self, name: str, command: list[str], seconds: int) -> bool:
+        left = LIMIT_SECONDS - (time.monotonic() - self.started)
+        if left < 10:
+            self.outcomes[name] = "NOT RUN: no time left"
+            return False
+        print(f"gpu-check: {name} ...", flush=True)
+        begin = time.monotonic()
+        log = self.folder / f"{name}.log"
+        with log.open("w") as out:
+            try:
+                code = subprocess.run(
+                    command,
+                    cwd=ROOT,
+                    env=self.environment,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    timeout=min(left, seconds),
+                ).returncode
+                self.outcomes[name] = "ok" if code == 0 else f"FAILED with exit code {code}, see {log.name}"
+            except subprocess.TimeoutExpired:
+                self.outcomes[name] = f"STOPPED after {min(left, seconds):.0f} s, see {log.name}"
+        self.outcomes[name] += f" ({time.monotonic() - begin:.0f} s)"
+        return self.outcomes[name].startswith("ok")
+
+    def skip(self, name: str, reason: str) -> None:
+        self.outcomes[name] = f"NOT RUN: {reason}"
+
+    def lacks(self, name: str, reason: str) -> None:
+        """A step that this machine has no tool for: said, and no failure."""
+        self.skip(name, reason)
+        self.missing.add(name)
+
+
+def last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+    return lines[-1].strip("= ") if lines else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results/cuda-<device>")
+    parser.add_argument("--quick", action="store_true", help="the quick benchmark")
+    options = parser.parse_args()
+
+    device = gpu_name()
+    if device is None:
+        print("gpu-check: no NVIDIA GPU here (nvidia-smi lists none); nothing was run")
+        return NO_GPU
+    import torch
+
+    if not torch.cuda.is_available():
+        print(f"gpu-check: torch {torch.__version__} cannot use the {device} here; nothing was run")
+        return NO_GPU
+
+    folder = (options.results or ROOT / "benchmarks/results" / re.sub(r"\W+", "-", f"cuda {device}").lower()).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    machine = {
+        "device": device,
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability()),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "commit": commit or "unknown: not a git checkout",
+    }
+    (folder / "machine.json").write_text(json.dumps(machine, indent=1) + "\n")
+
+    run = Run(folder)
+    python = sys.executable
+    os.environ["FORCE_CUDA"] = run.environment["FORCE_CUDA"] = "1"
+    if run.step("build", [python, "setup.py", "build_ext", "--inplace"], 300):
+        report = ["--junitxml", str(folder / "tests.xml"), "-p", "no:cacheprovider"]
+        run.step("tests", [python, "-m", "pytest", "-m", "not slow and not emulated", *report], 240)
+        checker = shutil.which("compute-sanitizer")
+        for tool in ("memcheck", "racecheck"):
+            if checker is None:
+                run.lacks(tool, "compute-sanitizer is not on PATH")
+                continue
+            command = [checker, "--tool", tool, "--error-exitcode", "9", python, "-m", "pytest", "-x", *CHECKED_TESTS]
+            run.step(tool, command, 90)
+        quick = ["--quick"] if options.quick else []
+        files = [f"--{kind}={folder / name}" for kind, name in RESULT_FILES.items()]
+        if run.step("benchmark", [python, "benchmarks/bench_leaf.py", "--device", "cuda", *quick, *files], 300):
+            if importlib.util.find_spec("matplotlib"):
+                run.step("plots", [python, "benchmarks/plots.py", str(folder / RESULT_FILES["json"]), str(folder)], 60)
+            else:
+                run.lacks("plots", f"matplotlib is missing; `plots.py {RESULT_FILES['json']} .` makes them elsewhere")
+        else:
+            run.skip("plots", "the benchmark failed")
+    else:
+        for name in ("tests", "memcheck", "racecheck", "benchmark", "plots"):
+            run.skip(name, "the build failed")
+
+    summary = [f"{name}: {outcome}" for name, outcome in run.outcomes.items()]
+    summary.append(f"tests: {last_line(folder / 'tests.log')}")
+    (folder / "summary.txt").write_text("\n".join(summary) + "\n")
+    print(
+        f"\ngpu-check on {device}, commit {machine['commit'][:12]}, {time.monotonic() - run.started:.0f} s, in {folder}"
+    )
+    print("\n".join(summary))
+    failed = [
+        name for name, outcome in run.outcomes.items() if name not in run.missing and not outcome.startswith("ok")
+    ]
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
