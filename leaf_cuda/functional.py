@@ -32,7 +32,7 @@ def _warn_fallback(device: str) -> None:
         f"leaf_cuda has no fused kernel for device '{device}' in this build and runs the PyTorch formula there; "
         f"for the fused kernel, {how}",
         FallbackWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
 
 
@@ -90,6 +90,10 @@ def leaf(u: Tensor, p1, p2, p3, p4) -> Tensor:
         p1, p2, p3, p4 = _as_tensors(u, {"p1": p1, "p2": p2, "p3": p3, "p4": p4})
     sharding.prepare(u)
     if not _ops.has_kernel(u.device.type):
+        y = _composite(u, p1, p2, p3, p4)
+        _warn_fallback(u.device.type)
+        return y
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():  # a graph of standard operators
         return _composite(u, p1, p2, p3, p4)
     if torch._C._are_functorch_transforms_active() and not differentiates_forward():
         return LeafFunction.apply(u, p1, p2, p3, p4)
@@ -102,7 +106,6 @@ def _composite(u: Tensor, *parameters: Tensor | None) -> Tensor:
             raise ValueError(f"leaf: {name} is on {p.device}, but u is on {u.device}; all tensors take one device")
     with torch.no_grad():  # the operator's checks, without its work
         _ops.leaf_forward(u.to("meta"), *(None if p is None else p.to("meta") for p in parameters))
-    _warn_fallback(u.device.type)
     return reference.leaf(u, *parameters)
 
 

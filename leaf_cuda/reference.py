@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _ops
-
 
 def leaf(u: Tensor, p1: Tensor, p2: Tensor | None, p3: Tensor, p4: Tensor | None) -> Tensor:
     """(p1·u + p2)·σ(p3·u) + p4 in float32 for float16 and bfloat16, else in u's dtype; rounded once, to u's dtype."""
@@ -24,7 +22,3 @@ def leaf(u: Tensor, p1: Tensor, p2: Tensor | None, p3: Tensor, p4: Tensor | None
     if p4 is not None:
         y = y + in_math(p4)
     return y.to(u.dtype)
-
-
-# For graphs of ATen operators: torch.onnx.export, and ExportedProgram.run_decompositions by PyTorch's whole table.
-torch._decomp.register_decomposition(_ops.leaf_forward)(leaf)
