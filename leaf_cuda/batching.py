@@ -13,10 +13,11 @@ def _batch_first(t: Tensor, dim: int | None, size: int) -> Tensor:
 
 def _aligned(p: Tensor | None, dim: int | None, size: int, rank: int, own: bool) -> Tensor | None:
     """A parameter as it broadcasts to (batch, *u.shape), where u has `rank` dimensions, with 1 for the batch where it is
-    not batched. With `own` every part of the batch has its own copy, which gets its own gradient."""
+    not batched. With `own` every part of the batch has its own copy, which gets its own gradient. So has it with more
+    dimensions than u: behind a 1 those that do not broadcast to u might to the batch."""
     if p is None:
         return None
-    p = _batch_first(p, dim, size if own else 1)
+    p = _batch_first(p, dim, size if own or p.dim() > rank else 1)
     batch, *shape = p.shape
     while len(shape) > rank and shape[0] == 1:  # it may begin with 1s beyond u's dimensions
         del shape[0]
