@@ -47,7 +47,7 @@ $(VENV)/.dependencies: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja cmake tabulate tqdm matplotlib \
-	    pytest hypothesis mpmath onnx onnxscript onnxruntime
+	    pytest hypothesis mpmath onnx onnxscript onnxruntime scikit-learn
 	touch $@
 
 # Not editable: the compiled module in the source folder would serve one torch only.

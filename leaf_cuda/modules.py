@@ -50,7 +50,7 @@ def _size(size) -> tuple[int, ...]:
     return sizes
 
 
-class _LearnableActivation(nn.Module):
+class LearnableActivation(nn.Module):
     """What LEAF and AHAF share: sizes, initial forms, and parameters that stay in float32.
 
     2^16, the ReLU form's p3, is infinite in float16. So a conversion of the module to float16, bfloat16 or less leaves
@@ -130,7 +130,7 @@ class _LearnableActivation(nn.Module):
         return extra if self.keep_float32 else extra + ", keep_float32=False"
 
 
-class LEAF(_LearnableActivation):
+class LEAF(LearnableActivation):
     """Learnable Extended Activation Function, y = (p1·u + p2)·σ(p3·u) + p4, with trained p1, p2, p3 and p4.
 
     Bodyanskiy & Kostiuk 2023, doi 10.47839/ijc.22.3.3225. A drop-in for an activation module: any shape to the same
@@ -156,7 +156,7 @@ class LEAF(_LearnableActivation):
         return leaf(u, self.p1, self.p2, self.p3, self.p4)
 
 
-class AHAF(_LearnableActivation):
+class AHAF(LearnableActivation):
     """Adaptive Hybrid Activation Function, y = β·u·σ(γ·u), with trained ``gamma`` and ``beta``.
 
     Bodyanskiy & Kostiuk 2022, doi 10.20535/srit.2308-8893.2022.1.07. Arguments as :class:`LEAF`'s; ``init_as`` is a form

@@ -38,6 +38,7 @@ FEATURES = {
     "autocast; parameters in float32 under `.half()`": r"test_modules.*(autocast|stay_in_float32|opt_out|checkpoints)",
     "`state_dict`, `deepcopy`, `pickle`, meta device": r"test_modules.*(state_dict|copies|meta_device)",
     "checkpointing, hooks, parametrizations, sharing": r"test_lifetime.*(checkpointing|hooks|parametriz|two_places|skip_init)",
+    "double-stage training: the authors' runs, autocast, `GradScaler`": r"test_optim|test_golden.*test_training",
     "Python threads, `fork`": r"test_lifetime.*(threads|fork)",
     "DistributedDataParallel": r"test_two_processes.*ddp",
     "FSDP2": r"test_two_processes.*fsdp",

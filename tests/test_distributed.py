@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import leaf_cuda
+from leaf_cuda.optim import DoubleStageTuner, leaf_param_groups
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not in this build of torch")
 
@@ -155,8 +156,60 @@ def compiled_dtensor(rank, mesh):
     torch.testing.assert_close(compiled(*arguments).full_tensor(), torch.nn.functional.silu(2 * u))
 
 
+def tuned(model, x, single_pass=False, steps=10):
+    """The losses of ten steps by the double-stage procedure."""
+    weights, *rest = leaf_param_groups(model, lr=1e-2, p24_lr=1e-3)
+    tuner = DoubleStageTuner(torch.optim.Adam(rest), torch.optim.Adam([weights]), single_pass=single_pass)
+    return [tuner.step(lambda: model(x).square().mean()) for _ in range(steps)]
+
+
+def assert_tuned(model, rank, single_pass=False, full=lambda t: t):
+    """The single process's losses and parameters; Adam with float64, or it makes much of a rounding."""
+    single = network(torch.float64)
+    expected = tuned(single, batch().double(), single_pass)
+    losses = torch.stack(tuned(model, share(batch().double(), rank), single_pass))
+    dist.all_reduce(losses)
+    torch.testing.assert_close(losses / WORLD, torch.stack(expected), rtol=1e-9, atol=0)
+    for (name, p), q in zip(single.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(full(q), p, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def double_stage_with_ddp(rank, mesh):
+    model = DistributedDataParallel(network(torch.float64), find_unused_parameters=True)
+    assert_tuned(model, rank)
+    assert_tuned(DistributedDataParallel(network(torch.float64)), rank, single_pass=True)
+
+
+def double_stage_with_ddp_needs_its_option(rank, mesh):
+    x = share(batch(), rank)
+    for options in ({}, {"find_unused_parameters": True, "static_graph": True}):
+        model = DistributedDataParallel(network(), **options)
+        with pytest.raises(ValueError, match="takes find_unused_parameters=True"):
+            tuned(model, x, steps=1)
+        assert all(p.requires_grad for p in model.parameters())
+    # What has no parameter of the tuner takes any option.
+    other = DistributedDataParallel(nn.Linear(6, 6))
+    model = DistributedDataParallel(network(), find_unused_parameters=True)
+    with torch.no_grad():
+        frozen = other(x)
+    tuned(model, frozen, steps=1)
+
+
+def double_stage_with_fsdp(rank, mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    model = network(torch.float64)
+    for m in activations(model):
+        fully_shard(m, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert_tuned(model, rank, full=lambda p: p.full_tensor())
+
+
 CHECKS = [
     ddp,
+    double_stage_with_ddp,
+    double_stage_with_ddp_needs_its_option,
+    double_stage_with_fsdp,
     fsdp,
     fsdp_in_one_group,
     fsdp_with_a_policy,
