@@ -112,8 +112,11 @@ def test_training(folder, case):
         x, label = images[i : i + size], labels[i : i + size]
         losses.append(tuner.step(lambda x=x, label=label: nn.functional.cross_entropy(model(x), label)))
     torch.testing.assert_close(torch.stack(losses), arrays["losses"], rtol=1e-9, atol=0)
+    # Of each tensor's largest: where a gradient is near 0, Adam's division by its root makes much of a rounding.
     for name, p in model.state_dict().items():
-        torch.testing.assert_close(p, arrays[f"final.{name}"], rtol=1e-9, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+        expected = arrays[f"final.{name}"]
+        atol = 1e-9 * expected.abs().max().item()
+        torch.testing.assert_close(p, expected, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.skipif(not COMPLETE.exists(), reason="../shared/golden is not there")

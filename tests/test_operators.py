@@ -268,28 +268,25 @@ def test_build_info():
     assert (info["cuda"] is None) == (info["cuda_architectures"] is None)
 
 
+@pytest.mark.parametrize(
+    "file", ["golden", "layouts", "special_values", pytest.param("accuracy", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("capability, expected", [("default", "DEFAULT"), ("avx2", "AVX2")])
-def test_other_instruction_sets(capability, expected):
-    """The loops for older processors: chosen by ATEN_CPU_CAPABILITY, and as right as those tested here."""
+def test_other_instruction_sets(capability, expected, file):
+    """The loops for older processors, chosen by ATEN_CPU_CAPABILITY, pass the tests of numbers too."""
     if leaf_cuda.build_info()["cpu_instruction_set"] == "DEFAULT":
         pytest.skip("this processor has one instruction set only")
     program = f"""
-import leaf_cuda, torch
-from cases import DTYPE_PAIRS, GRANULARITIES, assert_true, draw, evaluate
+import leaf_cuda, pytest, sys
 assert leaf_cuda.build_info()["cpu_instruction_set"] == {expected!r}
-torch.manual_seed(0)
-for granularity in GRANULARITIES:
-    shape, shapes = GRANULARITIES[granularity](5, 7, 9, 15)
-    for dtype, parameter_dtype in DTYPE_PAIRS:
-        u, p, g = draw(shape, shapes, dtype=dtype, parameter_dtype=parameter_dtype, scale=4.0)
-        assert_true(evaluate(leaf_cuda.leaf, u, p, g), u, p, g)
+sys.exit(pytest.main(["-q", "-x", "-m", "not slow and not emulated and not cuda", "test_{file}.py"]))
 """
     # From the tests' folder: the root has leaf_cuda's source, without a build.
     environment = {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": ":".join(p for p in sys.path if p)}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, cwd=Path(__file__).parent, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture

@@ -93,11 +93,14 @@ def assert_special_values(results, arguments, dtype, parameter_dtype, repeats=1)
 
 
 def values(dtype):
-    """±0, ordinary numbers, one whose square overflows, infinities, NaN, the smallest numbers."""
+    """±0, ordinary numbers, one whose square overflows, infinities, the smallest numbers, NaN, of all bits set too."""
     huge = {torch.float64: 1e200, torch.float32: 1e30, torch.bfloat16: 1e30, torch.float16: 6e4}[dtype]
     least = torch.finfo(dtype).smallest_normal
     positive = [0.0, 1.0, 100.0, huge, INF, least / 2, least * torch.finfo(dtype).eps]
-    return torch.tensor([sign * x for x in positive for sign in (1, -1)] + [NAN], dtype=dtype)
+    bits = torch.tensor([-1], dtype={8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize])
+    return torch.cat(
+        [torch.tensor([sign * x for x in positive for sign in (1, -1)] + [NAN], dtype=dtype), bits.view(dtype)]
+    )
 
 
 def grid(n, dtype, parameter_dtype):

@@ -45,9 +45,11 @@ struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   using Int = int32_t;
-  static constexpr int mantissa_bits = 23, bias = 127, min_exponent = -126;
-  static constexpr float round_magic = 0x1.8p23f;  // adding it rounds to an integer, kept in the low bits
-  static constexpr float zero_below = -104.0f;     // e^-104 rounds to 0
+  static constexpr int mantissa_bits = 23;
+  static constexpr int bias = 127 + 64;
+  static constexpr float down = 0x1p-64f;                 // e^x / down is normal wherever e^x is not 0
+  static constexpr float round_magic = 0x1.8p23f + bias;  // adding it rounds to an integer n; the low bits are bias + n
+  static constexpr float zero_below = -104.0f;            // e^-104 rounds to 0
   static constexpr float log2e = 0x1.715476p+0f;
   static constexpr float ln2_hi = 0x1.63p-1f, ln2_lo = -2.1219444005469058e-4f;  // n·ln2_hi is exact
   static constexpr float c[] = {0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558f2p-5f, 0x1.1239e2p-7f, 0x1.6a2434p-10f};
@@ -55,8 +57,10 @@ struct ExpConstants<float> {
 template <>
 struct ExpConstants<double> {
   using Int = int64_t;
-  static constexpr int mantissa_bits = 52, bias = 1023, min_exponent = -1022;
-  static constexpr double round_magic = 0x1.8p52;
+  static constexpr int mantissa_bits = 52;
+  static constexpr int bias = 1023 + 512;
+  static constexpr double down = 0x1p-512;
+  static constexpr double round_magic = 0x1.8p52 + bias;
   static constexpr double zero_below = -746.0;
   static constexpr double log2e = 0x1.71547652b82fep+0;
   static constexpr double ln2_hi = 0x1.62e42feep-1, ln2_lo = 1.90821492927058770002e-10;
@@ -67,7 +71,8 @@ struct ExpConstants<double> {
 };
 
 #if LEAF_VECTOR_BYTES == 64
-// x·2^n for integral n, rounded once. (The unmasked intrinsic warns of an uninitialised variable in GCC 12.)
+// x·2^n for integral n, rounded once. (Masks of all lanes: the unmasked intrinsics warn of an uninitialised variable in
+// GCC 12.)
 inline SimdTypes<float, int32_t>::V scale(SimdTypes<float, int32_t>::V x, SimdTypes<float, int32_t>::V n) {
   return (SimdTypes<float, int32_t>::V)_mm512_maskz_scalef_ps(0xffff, (__m512)x, (__m512)n);
 }
@@ -90,11 +95,9 @@ struct Simd : SimdTypes<Scalar, typename ExpConstants<Scalar>::Int> {
     for (int k = 0; k < lanes; ++k) v[k] = x;
     return v;
   }
-  static V select(V z, V a, V b) { return z >= 0 ? a : b; }
+  // By the sign bit alone, which takes no comparison: −0 counts as below 0, where a and b are the same.
+  static V select(V z, V a, V b) { return bit_cast<I>(z) < 0 ? b : a; }
   static V reciprocal(V x) { return 1 / x; }
-
-  // 2^n for integral n in the range of normal numbers.
-  static V power_of_two(V n) { return bit_cast<V>(bit_cast<I>(n + (C::round_magic + C::bias)) << C::mantissa_bits); }
 
   static V exp_neg_abs(V z) {
     const V x = bit_cast<V>(bit_cast<I>(z) | bit_cast<I>(broadcast(Scalar(-0.0))));
@@ -102,7 +105,8 @@ struct Simd : SimdTypes<Scalar, typename ExpConstants<Scalar>::Int> {
     // processors, and with LEAF's ReLU form (p3 = 2^16) almost every lane is one of them.
     const auto is_zero = x < C::zero_below;
     const V t = is_zero ? V{} : x;
-    const V n = (t * C::log2e + C::round_magic) - C::round_magic;
+    const V shifted = t * C::log2e + C::round_magic;
+    const V n = shifted - C::round_magic;
     const V r = (t - n * C::ln2_hi) - n * C::ln2_lo;
     // The polynomial's even and odd powers apart: half as long a chain of operations that wait for one another.
     constexpr int count = sizeof(C::c) / sizeof(Scalar);
@@ -111,14 +115,12 @@ struct Simd : SimdTypes<Scalar, typename ExpConstants<Scalar>::Int> {
     for (int k = count - 1; k >= 0; --k) q[k % 2] = k >= count - 2 ? broadcast(C::c[k]) : q[k % 2] * r2 + C::c[k];
     const V e = (q[1] * r + q[0]) * r2 + r + 1;
 #if LEAF_VECTOR_BYTES == 64
-    const V scaled = scale(e, n);
+    return is_zero ? V{} : scale(e, n);
 #else
-    // Two factors, so that a subnormal result is rounded once.
-    const V lowest = broadcast(Scalar(C::min_exponent));
-    const V n1 = n < lowest ? lowest : n;
-    const V scaled = (e * power_of_two(n1)) * power_of_two(n - n1);
+    // Two factors, so that a subnormal result is rounded once: 2^n / down, made of its exponent, and down.
+    const V factor = bit_cast<V>(bit_cast<I>(shifted) << C::mantissa_bits);
+    return (is_zero ? V{} : e * factor) * C::down;
 #endif
-    return is_zero ? V{} : scaled;
   }
 };
 
@@ -140,40 +142,57 @@ using FloatV = Simd<float>::V;
 using Bits32 = uint32_t __attribute__((vector_size(LEAF_VECTOR_BYTES)));
 using Bits16 = Simd<float>::H;
 
-inline FloatV load(const BFloat16* p) {
+// 16-bit storage as 32-bit integers and back. (GCC 12 makes __builtin_convertvector of these out of halves.)
+inline Bits32 load_bits(const uint16_t* p) {
+#if LEAF_VECTOR_BYTES == 64
+  return (Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p));
+#elif LEAF_VECTOR_BYTES == 32
+  return (Bits32)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
   Bits16 h;
   memcpy(&h, p, sizeof(h));
-  return bit_cast<FloatV>(__builtin_convertvector(h, Bits32) << 16);
+  return __builtin_convertvector(h, Bits32);
+#endif
 }
+inline void store_bits(uint16_t* p, Bits32 v) {
+#if LEAF_VECTOR_BYTES == 64
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v));
+#elif LEAF_VECTOR_BYTES == 32
+  _mm_storeu_si128((__m128i*)p,
+                   _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1)));
+#else
+  const Bits16 h = __builtin_convertvector(v, Bits16);
+  memcpy(p, &h, sizeof(h));
+#endif
+}
+
+inline FloatV load(const BFloat16* p) { return bit_cast<FloatV>(load_bits(&p->bits) << 16); }
 inline void store(BFloat16* p, FloatV v) {
   const Bits32 bits = bit_cast<Bits32>(v);
-  const Bits32 rounded = (bits + (((bits >> 16) & 1) + 0x7fffu)) >> 16;  // to nearest, ties to even
-  const Bits32 quiet_nan = (bits >> 16) | 0x40u;
-  const Bits16 h = __builtin_convertvector(v == v ? rounded : quiet_nan, Bits16);
-  memcpy(p, &h, sizeof(h));
+  const Bits32 rounded = bits + ((bits << 15) >> 31) + 0x7fffu;  // to nearest, ties to even
+  store_bits(&p->bits, (v == v ? rounded : ~Bits32{}) >> 16);
 }
 
 // (By width and not by __F16C__, which GCC does not define for a target that a _Pragma sets.)
 #if LEAF_VECTOR_BYTES >= 32
 inline FloatV load(const Half* p) {
 #if LEAF_VECTOR_BYTES == 64
-  return (FloatV)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return (FloatV)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
 #else
   return (FloatV)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #endif
 }
 inline void store(Half* p, FloatV v) {
 #if LEAF_VECTOR_BYTES == 64
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256((__m256i*)p,
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #endif
 }
 #else
 inline FloatV load(const Half* p) {
-  Bits16 h;
-  memcpy(&h, p, sizeof(h));
-  const Bits32 x = __builtin_convertvector(h, Bits32);
+  const Bits32 x = load_bits(&p->bits);
   const Bits32 magnitude = (x & 0x7fffu) << 13;
   const FloatV finite = bit_cast<FloatV>(magnitude) * 0x1p112f;  // moves the exponent's bias, subnormals too
   const Bits32 special = magnitude | 0x7f800000u;                // infinite and NaN
@@ -190,8 +209,7 @@ inline void store(Half* p, FloatV v) {
   Bits32 h = magnitude < 0x38800000u ? subnormal : normal;
   h = magnitude >= 0x477ff000u ? special : h;  // from 65520 on: infinite
   h |= (bits >> 16) & 0x8000u;
-  const Bits16 out = __builtin_convertvector(h, Bits16);
-  memcpy(p, &out, sizeof(out));
+  store_bits(&p->bits, h);
 }
 #endif
 
