@@ -337,14 +337,20 @@ def other_seconds(device: str) -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def machine(args: argparse.Namespace) -> dict:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        if git("status", "--porcelain", ":/", ":(top,exclude)benchmarks/results"):
+            commit += "-dirty"
+    except OSError:  # no git
         commit = ""
     return {
         "cpu": models[0] if models else platform.processor(),

@@ -1,6 +1,6 @@
 """LEAF, the Learnable Extended Activation Function, as fused CPU and CUDA kernels for PyTorch."""
 
-from . import optim
+from . import models, optim
 from ._version import __version__
 from .function import LeafFunction
 from .functional import FallbackWarning, ahaf, leaf
@@ -17,5 +17,6 @@ __all__ = [
     "backend_for",
     "build_info",
     "leaf",
+    "models",
     "optim",
 ]

@@ -1,0 +1,108 @@
+"""Times a training iteration of the paper's networks, CIFAR-10's shape, with LEAF and with fixed activations.
+
+An iteration is zero_grad, forward, cross entropy, backward and a step of Adam, over all parameters. Each round runs every
+network once, in shuffled order; a ratio is the median over the rounds of two times in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import random
+import sys
+import time
+from functools import partial
+from statistics import median
+
+import torch
+from bench_leaf import MALLOC, AuthorsWay, formula, machine, tabulate, tqdm
+from torch import nn
+
+from leaf_cuda import LEAF
+from leaf_cuda.models import KerasNet, LeNet5, activation
+
+
+class Plain(LEAF):
+    def forward(self, u):
+        return formula(u, self.p1, self.p2, self.p3, self.p4)
+
+
+class Authors(LEAF):
+    def forward(self, u):
+        return AuthorsWay.apply(u, self.p1, self.p2, self.p3, self.p4)
+
+
+ACTIVATIONS = {
+    "SiLU": activation(nn.SiLU),
+    "ReLU": activation(nn.ReLU),
+    "LEAF per layer": activation(LEAF, "layer", init_as="SiLU"),
+    "LEAF per channel": activation(LEAF, "channel", init_as="SiLU"),
+    "LEAF per element": activation(LEAF, "element", init_as="SiLU"),
+    "plain formula per element": activation(Plain, "element", init_as="SiLU"),
+    "authors' way per element": activation(Authors, "element", init_as="SiLU"),
+}
+
+
+class Training:
+    def __init__(self, network, make, x, target):
+        torch.manual_seed(0)
+        self.model = network((3, 32, 32), conv=make, fc=make).to(x.device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-6)
+        self.x, self.target = x, target
+
+    def iteration(self) -> torch.Tensor:
+        self.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self.model(self.x), self.target)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def seconds(self, iterations: int) -> float:
+        start = time.perf_counter()
+        for _ in range(iterations):
+            loss = self.iteration()
+        loss.item()
+        return (time.perf_counter() - start) / iterations
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--iterations", type=int, default=2, help="per round")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    if args.device == "cpu" and platform.libc_ver()[0] == "glibc" and {**MALLOC, **os.environ} != os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**MALLOC, **os.environ})
+    torch.set_num_threads(args.threads)
+
+    x = torch.randn(args.batch, 3, 32, 32, device=args.device)
+    target = torch.randint(10, (args.batch,), device=args.device)
+    lines = []
+    with tqdm(total=2 * args.rounds, unit="round") as progress:
+        for network in (LeNet5, KerasNet):
+            trainings = {name: partial(Training, network, make)(x, target) for name, make in ACTIVATIONS.items()}
+            losses = {}
+            for name, training in trainings.items():
+                torch.manual_seed(1)  # of the dropout
+                losses[name] = training.iteration().item()
+            for name, loss in losses.items():  # the same weights, and SiLU's form
+                if name != "ReLU" and abs(loss - losses["SiLU"]) > 1e-4 * losses["SiLU"]:
+                    sys.exit(f"{network.__name__}, {name}: loss {loss}, but {losses['SiLU']} with SiLU")
+            seconds = {name: [] for name in trainings}
+            for _ in range(args.rounds):
+                for name in random.sample(list(trainings), len(trainings)):
+                    seconds[name].append(trainings[name].seconds(args.iterations))
+                progress.update()
+            for name, times in seconds.items():
+                ratio = median(a / b for a, b in zip(times, seconds["SiLU"], strict=True))
+                lines.append([network.__name__, name, f"{1e3 * median(times):.1f}", f"{ratio:.2f}"])
+    print(tabulate(lines, ["network", "activation", "ms", "over SiLU"], tablefmt="github", disable_numparse=True))
+    where = machine(args)
+    print(f"\n{where['gpu'] or where['cpu']}, {args.threads} threads, torch {where['torch']}, commit {where['commit']}")
+
+
+if __name__ == "__main__":
+    main()

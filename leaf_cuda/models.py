@@ -1,0 +1,121 @@
+"""The two networks of the paper's evaluation, with any activation.
+
+Their state dicts have the keys and shapes of the authors' networks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from torch import nn
+
+from .modules import LearnableActivation
+
+#: Makes the activation for a map of the given shape without the batch: (C, H, W) or (features,).
+MakeActivation = Callable[[tuple[int, ...]], nn.Module]
+
+
+def activation(kind: type[nn.Module], granularity: str = "element", **options) -> MakeActivation:
+    """How a network makes its activations: ``LeNet5(conv=activation(LEAF, "channel", init_as="SiLU"))``.
+
+    Args:
+        kind: LEAF or AHAF, or a fixed activation such as ``nn.SiLU``, which has no granularity.
+        granularity: "layer", "channel" or "element"; of a layer of features the last two are the same.
+        options: for ``kind``.
+    """
+    sizes = {
+        "layer": lambda shape: (1,),
+        "channel": lambda shape: (shape[0],) + (1,) * (len(shape) - 1),
+        "element": lambda shape: shape,
+    }
+    if granularity not in sizes:
+        raise ValueError(f"granularity is {granularity!r}; it takes one of {', '.join(map(repr, sizes))}")
+    if not issubclass(kind, LearnableActivation):
+        return lambda shape: kind(**options)
+    return lambda shape: kind(size=sizes[granularity](shape), **options)
+
+
+def _check(name: str, input_shape: tuple[int, ...], least: int) -> None:
+    if len(input_shape) != 3 or min(input_shape) < 1 or min(input_shape[1:]) < least:
+        raise ValueError(
+            f"input_shape is {input_shape}; {name} takes (channels, height, width) from {least} by {least}"
+        )
+
+
+class LeNet5(nn.Sequential):
+    """LeNet-5 of arXiv 1801.09403: images (N, *input_shape) → logits (N, num_classes).
+
+    Args:
+        input_shape: (channels, height, width), at least 16 by 16. (1, 28, 28) is Fashion-MNIST's, (3, 32, 32) CIFAR-10's.
+        conv, fc: the activations of the convolutional and the fully connected part, by :func:`activation`.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int] = (1, 28, 28),
+        num_classes: int = 10,
+        *,
+        conv: MakeActivation = activation(nn.ReLU),
+        fc: MakeActivation = activation(nn.ReLU),
+    ):
+        _check("LeNet5", input_shape, 16)
+        c, h, w = input_shape
+        h1, w1 = h - 4, w - 4
+        h2, w2 = h1 // 2 - 4, w1 // 2 - 4
+        layers = OrderedDict(
+            conv1=nn.Conv2d(c, 20, 5, bias=False),
+            act1=conv((20, h1, w1)),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(20, 50, 5, bias=False),
+            act2=conv((50, h2, w2)),
+            pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            fc3=nn.Linear(50 * (h2 // 2) * (w2 // 2), 500),
+            act3=fc((500,)),
+            fc4=nn.Linear(500, num_classes, bias=False),
+        )
+        super().__init__(layers)
+
+
+class KerasNet(nn.Sequential):
+    """KerasNet of arXiv 1801.09403, after an example of Keras 1: images (N, *input_shape) → logits (N, num_classes).
+
+    Args:
+        input_shape: (channels, height, width), at least 10 by 10.
+        conv, fc: the activations of the convolutional and the fully connected part, by :func:`activation`.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int] = (1, 28, 28),
+        num_classes: int = 10,
+        *,
+        conv: MakeActivation = activation(nn.ReLU),
+        fc: MakeActivation = activation(nn.ReLU),
+    ):
+        _check("KerasNet", input_shape, 10)
+        c, h, w = input_shape
+        h2, w2 = h - 2, w - 2
+        h4, w4 = h2 // 2, w2 // 2
+        h5, w5 = h4 - 2, w4 - 2
+        layers = OrderedDict(
+            conv1=nn.Conv2d(c, 32, 3, padding=1),
+            act1=conv((32, h, w)),
+            conv2=nn.Conv2d(32, 32, 3),
+            act2=conv((32, h2, w2)),
+            pool3=nn.MaxPool2d(2),
+            drop3=nn.Dropout2d(0.25),
+            conv4=nn.Conv2d(32, 64, 3, padding=1),
+            act4=conv((64, h4, w4)),
+            conv5=nn.Conv2d(64, 64, 3),
+            act5=conv((64, h5, w5)),
+            pool6=nn.MaxPool2d(2),
+            drop6=nn.Dropout2d(0.25),
+            flatten=nn.Flatten(),
+            fc7=nn.Linear(64 * (h5 // 2) * (w5 // 2), 512),
+            act7=fc((512,)),
+            drop7=nn.Dropout(0.2),
+            fc8=nn.Linear(512, num_classes),
+        )
+        super().__init__(layers)
