@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from .modules import LearnableActivation
 
@@ -36,20 +36,10 @@ def activation(kind: type[nn.Module], granularity: str = "element", **options) -
     return lambda shape: kind(size=sizes[granularity](shape), **options)
 
 
-def _check(name: str, input_shape: tuple[int, ...], least: int) -> None:
-    if len(input_shape) != 3 or min(input_shape) < 1 or min(input_shape[1:]) < least:
-        raise ValueError(
-            f"input_shape is {input_shape}; {name} takes (channels, height, width) from {least} by {least}"
-        )
+class _Network(nn.Module):
+    """What the networks share: their arguments, which LeNet5's docstring tells."""
 
-
-class LeNet5(nn.Sequential):
-    """LeNet-5 of arXiv 1801.09403: images (N, *input_shape) → logits (N, num_classes).
-
-    Args:
-        input_shape: (channels, height, width), at least 16 by 16. (1, 28, 28) is Fashion-MNIST's, (3, 32, 32) CIFAR-10's.
-        conv, fc: the activations of the convolutional and the fully connected part, by :func:`activation`.
-    """
+    _least: int  # height and width of the smallest image
 
     def __init__(
         self,
@@ -59,11 +49,43 @@ class LeNet5(nn.Sequential):
         conv: MakeActivation = activation(nn.ReLU),
         fc: MakeActivation = activation(nn.ReLU),
     ):
-        _check("LeNet5", input_shape, 16)
-        c, h, w = input_shape
+        if len(input_shape) != 3 or input_shape[0] < 1 or min(input_shape[1:]) < self._least:
+            raise ValueError(
+                f"input_shape is {input_shape}; {type(self).__name__} takes (channels, height, width) from "
+                f"{self._least} by {self._least}"
+            )
+        super().__init__()
+        for name, layer in self._layers(*input_shape, num_classes, conv, fc).items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self._modules.values():  # children() would give a shared activation once
+            x = layer(x)
+        return x
+
+    @staticmethod
+    def _layers(c: int, h: int, w: int, num_classes: int, conv: MakeActivation, fc: MakeActivation) -> OrderedDict:
+        raise NotImplementedError
+
+
+class LeNet5(_Network):
+    """LeNet-5 of arXiv 1801.09403: images (N, *input_shape), at least 16 by 16 → logits (N, num_classes).
+
+    Args:
+        input_shape: (channels, height, width). (1, 28, 28) is Fashion-MNIST's, (3, 32, 32) CIFAR-10's.
+        conv, fc: the activations of the convolutional and the fully connected part, by :func:`activation`.
+
+    Raises:
+        ValueError: ``input_shape`` is no such shape, or too small for the network.
+    """
+
+    _least = 16
+
+    @staticmethod
+    def _layers(c, h, w, num_classes, conv, fc):
         h1, w1 = h - 4, w - 4
         h2, w2 = h1 // 2 - 4, w1 // 2 - 4
-        layers = OrderedDict(
+        return OrderedDict(
             conv1=nn.Conv2d(c, 20, 5, bias=False),
             act1=conv((20, h1, w1)),
             pool1=nn.MaxPool2d(2),
@@ -75,31 +97,20 @@ class LeNet5(nn.Sequential):
             act3=fc((500,)),
             fc4=nn.Linear(500, num_classes, bias=False),
         )
-        super().__init__(layers)
 
 
-class KerasNet(nn.Sequential):
-    """KerasNet of arXiv 1801.09403, after an example of Keras 1: images (N, *input_shape) → logits (N, num_classes).
+class KerasNet(_Network):
+    """KerasNet of arXiv 1801.09403, after an example of Keras 1: images (N, *input_shape), at least 10 by 10 → logits
+    (N, num_classes). Arguments and errors as :class:`LeNet5`'s."""
 
-    Args:
-        input_shape: (channels, height, width), at least 10 by 10.
-        conv, fc: the activations of the convolutional and the fully connected part, by :func:`activation`.
-    """
+    _least = 10
 
-    def __init__(
-        self,
-        input_shape: tuple[int, int, int] = (1, 28, 28),
-        num_classes: int = 10,
-        *,
-        conv: MakeActivation = activation(nn.ReLU),
-        fc: MakeActivation = activation(nn.ReLU),
-    ):
-        _check("KerasNet", input_shape, 10)
-        c, h, w = input_shape
+    @staticmethod
+    def _layers(c, h, w, num_classes, conv, fc):
         h2, w2 = h - 2, w - 2
         h4, w4 = h2 // 2, w2 // 2
         h5, w5 = h4 - 2, w4 - 2
-        layers = OrderedDict(
+        return OrderedDict(
             conv1=nn.Conv2d(c, 32, 3, padding=1),
             act1=conv((32, h, w)),
             conv2=nn.Conv2d(32, 32, 3),
@@ -118,4 +129,3 @@ class KerasNet(nn.Sequential):
             drop7=nn.Dropout(0.2),
             fc8=nn.Linear(512, num_classes),
         )
-        super().__init__(layers)

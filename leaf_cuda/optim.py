@@ -46,13 +46,13 @@ def leaf_param_groups(
     ``weights, *activations = leaf_param_groups(...)`` gives the two optimizers of :class:`DoubleStageTuner` theirs.
     """
     names = _activation_parameters(model)
-    offsets = [] if p24_lr is None else [p for p, name in names.items() if {"p2", "p4"} & set(name.split("."))]
+    offsets = {p: None for p, name in names.items() if p24_lr is not None and {"p2", "p4"} & set(name.split("."))}
     groups = [
         {"name": "weights", "params": split_activation_parameters(model)[1], "lr": lr, "weight_decay": weight_decay}
     ]
     for name, parameters, rate in (
-        ("activations", [p for p in names if not any(p is q for q in offsets)], lr),
-        ("p2 and p4", offsets, p24_lr),
+        ("activations", [p for p in names if p not in offsets], lr),
+        ("p2 and p4", list(offsets), p24_lr),
     ):
         if parameters:
             groups.append({"name": name, "params": parameters, "lr": rate, "weight_decay": 0.0})

@@ -71,6 +71,17 @@ def test_keys():
     assert (shapes["act1.p1"], shapes["act5.p4"], shapes["fc7.weight"]) == ((32, 32, 32), (64, 13, 13), (512, 2304))
 
 
+def test_shared_activation():
+    """One module in every place, its parameters in the state dict of each."""
+    shared = LEAF(init_as="SiLU")
+    own, fixed = LeNet5(conv=lambda shape: shared, fc=lambda shape: shared), LeNet5(conv=activation(nn.SiLU))
+    fixed.act3 = nn.SiLU()
+    fixed.load_state_dict({k: v for k, v in own.state_dict().items() if "act" not in k})
+    x = torch.randn(2, *FASHION_MNIST)
+    torch.testing.assert_close(own(x), fixed(x))
+    assert count(split_activation_parameters(own)[0]) == 4
+
+
 def test_dropout():
     assert [m.p for m in KerasNet().modules() if isinstance(m, nn.Dropout2d | nn.Dropout)] == [0.25, 0.25, 0.2]
 
