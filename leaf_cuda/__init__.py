@@ -1,6 +1,6 @@
 """LEAF, the Learnable Extended Activation Function, as fused CPU and CUDA kernels for PyTorch."""
 
-from . import models, optim
+from . import convert, models, optim
 from ._version import __version__
 from .function import LeafFunction
 from .functional import FallbackWarning, ahaf, leaf
@@ -16,6 +16,7 @@ __all__ = [
     "ahaf",
     "backend_for",
     "build_info",
+    "convert",
     "leaf",
     "models",
     "optim",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .modules import LearnableActivation
+from .modules import LearnableActivation, size_of
 
 #: Makes the activation for a map of the given shape without the batch: (C, H, W) or (features,).
 MakeActivation = Callable[[tuple[int, ...]], nn.Module]
@@ -24,16 +24,10 @@ def activation(kind: type[nn.Module], granularity: str = "element", **options) -
         granularity: "layer", "channel" or "element"; of a layer of features the last two are the same.
         options: for ``kind``.
     """
-    sizes = {
-        "layer": lambda shape: (1,),
-        "channel": lambda shape: (shape[0],) + (1,) * (len(shape) - 1),
-        "element": lambda shape: shape,
-    }
-    if granularity not in sizes:
-        raise ValueError(f"granularity is {granularity!r}; it takes one of {', '.join(map(repr, sizes))}")
+    size_of(granularity, (1,))
     if not issubclass(kind, LearnableActivation):
         return lambda shape: kind(**options)
-    return lambda shape: kind(size=sizes[granularity](shape), **options)
+    return lambda shape: kind(size=size_of(granularity, shape), **options)
 
 
 class _Network(nn.Module):

@@ -50,6 +50,18 @@ def _size(size) -> tuple[int, ...]:
     return sizes
 
 
+def size_of(granularity: str, shape: tuple[int, ...], channel: int = 0) -> tuple[int, ...]:
+    """The parameters' size for activation maps of ``shape``, without the batch, whose channels are dimension ``channel``.
+
+    Raises ValueError for an unknown granularity and IndexError where the map has no such dimension."""
+    if granularity == "layer":
+        return (1,)
+    if granularity not in ("channel", "element"):
+        raise ValueError(f"granularity is {granularity!r}; it takes one of 'layer', 'channel', 'element'")
+    channels = (shape[channel],) + (1,) * (len(shape) - 1 - channel % len(shape))
+    return channels if granularity == "channel" else shape
+
+
 class LearnableActivation(nn.Module):
     """What LEAF and AHAF share: sizes, initial forms, and parameters that stay in float32.
 

@@ -1,0 +1,608 @@
+"""LEAF in place of the fixed activations of an existing model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
+
+from .modules import AHAF, LEAF, LearnableActivation, size_of
+from .optim import split_activation_parameters
+
+#: The form (``init_as``) that stands for a fixed activation. The first four equal it; the others come near it: what is
+#: left is in the report. 1.05 and 0.94 make the largest difference the smallest.
+FORM_OF = {
+    nn.ReLU: "ReLU",
+    nn.SiLU: "SiLU",
+    nn.Tanh: "Tanh",
+    nn.Sigmoid: "Sigmoid",
+    nn.GELU: "GELU",
+    nn.Hardswish: ("Swish", 1.05),
+    nn.Hardsigmoid: (0.0, 1.0, 0.94, 0.0),
+}
+
+#: Element-wise activations without such a form; a rule may give them one.
+_WITHOUT_FORM = (
+    nn.CELU, nn.ELU, nn.Hardshrink, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.PReLU, nn.ReLU6, nn.RReLU,
+    nn.SELU, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanhshrink, nn.Threshold,
+)  # fmt: skip
+
+#: The module of a function or Tensor method. Arguments behind the input are the constructor's, in its order.
+_MODULE_OF: dict[Callable | str, type[nn.Module]] = {
+    F.relu: nn.ReLU,
+    torch.relu: nn.ReLU,
+    "relu": nn.ReLU,
+    F.silu: nn.SiLU,
+    torch.tanh: nn.Tanh,
+    F.tanh: nn.Tanh,
+    "tanh": nn.Tanh,
+    torch.sigmoid: nn.Sigmoid,
+    torch.special.expit: nn.Sigmoid,
+    F.sigmoid: nn.Sigmoid,
+    "sigmoid": nn.Sigmoid,
+    F.gelu: nn.GELU,
+    F.hardswish: nn.Hardswish,
+    F.hardsigmoid: nn.Hardsigmoid,
+    F.celu: nn.CELU,
+    F.elu: nn.ELU,
+    F.hardtanh: nn.Hardtanh,
+    F.leaky_relu: nn.LeakyReLU,
+    F.logsigmoid: nn.LogSigmoid,
+    F.mish: nn.Mish,
+    F.relu6: nn.ReLU6,
+    F.selu: nn.SELU,
+    F.softplus: nn.Softplus,
+    F.softsign: nn.Softsign,
+}
+_IN_PLACE: dict[Callable | str, type[nn.Module]] = {
+    F.relu_: nn.ReLU,
+    torch.relu_: nn.ReLU,
+    "relu_": nn.ReLU,
+    torch.tanh_: nn.Tanh,
+    "tanh_": nn.Tanh,
+    torch.sigmoid_: nn.Sigmoid,
+    "sigmoid_": nn.Sigmoid,
+}
+
+Form = str | tuple
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """One activation that was replaced.
+
+    ``name`` is the module's in the model, ``old`` and ``new`` tell both activations, and ``difference`` is the largest
+    between them over [-10, 10], in float64; None where the old one has parameters.
+    """
+
+    name: str
+    old: str
+    new: str
+    difference: float | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was not replaced, and why."""
+
+    name: str
+    old: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """What :func:`replace_activations` did. ``str(report)`` is for reading.
+
+    ``output_difference`` is the largest between the model's outputs before and after, for ``example_inputs``.
+    """
+
+    replaced: list[Replaced] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
+    output_difference: float | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} activations replaced" if self.replaced else "nothing replaced"]
+        for r in self.replaced:
+            difference = "" if r.difference is None else f", within {r.difference:.1e}"
+            lines.append(f"  {r.name}: {r.old} -> {r.new}{difference}")
+        if self.kept:
+            lines.append(f"{len(self.kept)} kept")
+            lines += [f"  {k.name}: {k.old}: {k.reason}" for k in self.kept]
+        if self.output_difference is not None:
+            lines.append(f"the model's output differs by at most {self.output_difference:.1e}")
+        return "\n".join(lines)
+
+
+def replace_activations(
+    model: nn.Module,
+    kind: type[LearnableActivation] = LEAF,
+    *,
+    granularity: str = "layer",
+    channel_dim: int = 1,
+    example_inputs: Tensor | tuple | Mapping | None = None,
+    rules: Mapping[str | type[nn.Module], Form | Mapping | None] | None = None,
+) -> Report:
+    """Replaces the fixed activations of ``model``, in place, by LEAF of the same form, and AHAF by the LEAF equal to it.
+
+    nn.ReLU, SiLU, Tanh and Sigmoid keep their values (ReLU within 5e-6), GELU, Hardswish and Hardsigmoid nearly. They
+    are found as modules, as functions kept in attributes (``self.act = F.gelu``), and as calls (``F.relu(x)``,
+    ``x.tanh()``) in a ``forward`` that torch.fx can trace. Such a module gets the traced ``forward``, under which the
+    values it read from its attributes stay as they were, and new children for the calls. ``deepcopy`` and ``state_dict``
+    work on it, ``pickle`` refuses it.
+
+    Each place gets parameters of its own, also where one parameterless module, ``act = nn.ReLU()``, stands in several.
+    An activation that worked in place does so no more. Make the optimizer, and wrap in DDP or FSDP, afterwards. To load
+    a state dict of the result, call this with the same arguments on the model it came from first.
+
+    Args:
+        model: any module, but an activation itself, which has no place to be replaced in.
+        kind: LEAF, or AHAF for the forms it has.
+        granularity: "layer", "channel" or "element" of the input without its first dimension, the batch.
+        channel_dim: the dimension of the channels in the activations' inputs: 1 in (N, C, H, W), -1 in (N, L, C).
+        example_inputs: the model's input, a tuple of them, or a dict of keyword arguments. The model runs on them, in eval mode and without
+            gradients, before and after; "channel" and "element" take their sizes from the run.
+        rules: what to do with some of the activations, by the name of the module with wildcards (``"head.*"``), or by
+            its exact type, fixed activations of your own among them. The value is a form as LEAF's ``init_as``, None to
+            leave it alone, or a dict of ``init_as``, ``kind``, ``granularity`` and ``channel_dim``. The first rule that
+            matches decides.
+
+    Returns:
+        What was replaced, and what was not and why. With nothing to replace there is a warning, too.
+
+    Raises:
+        TypeError, ValueError: an argument is none of these, or the model is wrapped in DDP or FSDP already. Whatever is
+            raised, also by the model itself in its run, the model stays as it was.
+    """
+    defaults = {"kind": kind, "granularity": granularity, "channel_dim": channel_dim}
+    rules = _check(model, defaults, rules or {})
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    if inputs is not None and not isinstance(inputs, (tuple, Mapping)):
+        raise TypeError(f"example_inputs is of type {type(inputs).__name__}; it takes a tensor, a tuple or a dict")
+    with contextlib.ExitStack() as undo:
+        conversion = _Conversion(model, defaults, rules, inputs, undo)
+        report = conversion.run()
+        undo.pop_all()
+    if not report.replaced:
+        warnings.warn(f"replace_activations: {report}", stacklevel=2)
+    return report
+
+
+def freeze_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Leaves only the parameters of LEAF and AHAF trainable: all others require no gradient from here on.
+
+    Returns those that it froze: ``for p in frozen: p.requires_grad_(True)`` takes it back. Batch normalisation goes on
+    with its running statistics in train mode.
+    """
+    activations, others = split_activation_parameters(model)
+    if not activations:
+        raise ValueError("model has no LEAF or AHAF, so nothing would be left to train; see replace_activations")
+    frozen = [p for p in others if p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(False)
+    return frozen
+
+
+_OPTIONS = ("init_as", "kind", "granularity", "channel_dim")
+
+
+def _check(model, defaults: dict, rules: Mapping) -> dict[str | type, dict | None]:
+    """The rules with each form as a dict of options; raises for arguments that are wrong."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is of type {type(model).__name__}; it takes a torch.nn.Module")
+    wrappers = (DistributedDataParallel,)
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+        wrappers += (FSDPModule, FullyShardedDataParallel)
+    for name, module in model.named_modules():
+        if isinstance(module, wrappers):
+            raise ValueError(
+                f"model{'.' + name if name else ''} is wrapped for data parallel training ({type(module).__name__}), "
+                "which would not see the new parameters; it takes the model before it is wrapped"
+            )
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"rules is of type {type(rules).__name__}; it takes a dict")
+    result = {}
+    for key, value in rules.items():
+        if not (isinstance(key, str) or isinstance(key, type) and issubclass(key, nn.Module)):
+            raise TypeError(f"rules has the key {key!r}; it takes names of modules and types of modules")
+        options = value if value is None or isinstance(value, Mapping) else {"init_as": value}
+        if unknown := set(options or ()).difference(_OPTIONS):
+            raise ValueError(f"rules[{key!r}] has {sorted(unknown)}; it takes {', '.join(_OPTIONS)}")
+        result[key] = options
+    for where, options in [("", defaults), *((f" in rules[{k!r}]", {**defaults, **v}) for k, v in result.items() if v)]:
+        kind, channel_dim = options["kind"], options["channel_dim"]
+        if not (isinstance(kind, type) and issubclass(kind, LearnableActivation)):
+            raise TypeError(f"kind{where} is {kind!r}; it takes LEAF or AHAF")
+        if not isinstance(channel_dim, int) or channel_dim == 0:
+            raise ValueError(f"channel_dim{where} is {channel_dim!r}; it takes an integer but 0, the batch")
+        try:
+            size_of(options["granularity"], (1,))
+            if "init_as" in options:
+                LEAF(init_as=options["init_as"], device="meta")
+        except ValueError as error:
+            raise ValueError(f"{error}{where}") from None
+    return result
+
+
+@dataclass
+class _Place:
+    """An activation in its parent, and what it saw in the example run."""
+
+    name: str
+    parent: nn.Module
+    attribute: str
+    old: nn.Module
+    label: str
+    options: dict
+    inputs: list[tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=list)
+
+
+class _Conversion:
+    def __init__(self, model, defaults, rules, inputs, undo: contextlib.ExitStack):
+        self.model, self.defaults, self.rules, self.inputs, self.undo = model, defaults, rules, inputs, undo
+        self.report = Report()
+        self.unmatched = dict.fromkeys(rules)
+        self.activations = (*FORM_OF, *_WITHOUT_FORM, AHAF, *(key for key in rules if isinstance(key, type)))
+        self.places: list[_Place] = []
+
+    def run(self) -> Report:
+        before = self._outputs()
+        modules = list(self.model.named_modules())
+        for name, module in modules:
+            self._find_children(name, module)
+            self._find_functions(name, module)
+            self._find_calls(name, module)
+        self._observe()
+        self._replace()
+        self.report.kept += [Kept(str(key), "rule", "it matches no activation") for key in self.unmatched]
+        after = self._outputs()
+        if before is not None:
+            self.report.output_difference = _difference(before, after)
+        return self.report
+
+    # What is there. Each find makes the fixed activation a module of one place, so that what follows knows only those.
+
+    def _find_children(self, name: str, module: nn.Module) -> None:
+        for attribute, child in list(module._modules.items()):
+            if child is None:
+                continue
+            path = _join(name, attribute)
+            if isinstance(child, (nn.RNNBase, nn.RNNCellBase)):
+                self._keep(path, child, "its activations are inside torch's own recurrent step")
+            elif isinstance(child, torch.jit.ScriptModule) and not isinstance(module, torch.jit.ScriptModule):
+                self.report.kept.append(Kept(path, type(child).__name__, "TorchScript cannot be changed"))
+            elif (options := self._decide(path, child)) is not None:
+                if any(hooks for name, hooks in vars(child).items() if name.endswith("_hooks")):
+                    self._keep(path, child, "it has hooks, which would be lost")
+                else:
+                    own = child if list(child.parameters()) else copy.deepcopy(child)
+                    self._add(_Place(path, module, attribute, own, repr(child), options))
+
+    def _find_functions(self, name: str, module: nn.Module) -> None:
+        """Functions in attributes, nn.TransformerEncoderLayer's among them."""
+        for attribute, function in list(vars(module).items()):
+            kind = _module_type(function)
+            path = _join(name, attribute)
+            if kind is not None and (options := self._decide(path, kind())) is not None:
+                self.undo.callback(setattr, module, attribute, function)
+                self.undo.callback(module._modules.pop, attribute, None)
+                delattr(module, attribute)
+                self._add(_Place(path, module, attribute, kind(), f"function {function.__name__}", options))
+
+    def _find_calls(self, name: str, module: nn.Module) -> None:
+        """Calls of functions and Tensor methods, in forwards that torch.fx can trace."""
+        leaves = (LearnableActivation, torch.jit.ScriptModule, *self.activations)
+        cls = type(module)
+        if cls.__module__.startswith("torch.") or isinstance(module, leaves) or cls.forward is nn.Module.forward:
+            return
+        try:
+            graphs = [_trace(module, training) for training in (True, False)]
+        except Exception as error:  # whatever the model's own code raises on a proxy
+            message = (str(error) or type(error).__name__).splitlines()[0]
+            self.report.kept.append(Kept(name or "the model", "calls in its forward", f"torch.fx: {message}"))
+            return
+        found = [_calls(graph) for graph in graphs]
+        accepted = {}
+        for node, fixed in found[0].items():
+            path = _join(name, node.name)
+            if fixed is None:
+                self.report.kept.append(Kept(path, f"{_name(node)}()", "its arguments are computed"))
+            elif (options := self._decide(path, fixed)) is not None:
+                accepted[node.name] = (_name(node), fixed, options)
+        if not accepted:
+            return
+        if [(n.name, repr(fixed)) for n, fixed in found[0].items()] != [(n.name, repr(f)) for n, f in found[1].items()]:
+            reason = "other activations in train than in eval mode"
+            self.report.kept.append(Kept(name or "the model", "calls in its forward", reason))
+            return
+        attributes = {}
+        for node, (called, fixed, options) in accepted.items():
+            attributes[node] = next(a for a in _numbered(node) if not hasattr(module, a))
+            self.undo.callback(module._modules.pop, attributes[node], None)
+            path = _join(name, attributes[node])
+            self._add(_Place(path, module, attributes[node], fixed, f"{called}()", options))
+        self.undo.callback(setattr, module, "__class__", type(module))
+        module.__class__ = _with_forward(module, graphs, attributes)
+
+    def _decide(self, path: str, fixed: nn.Module) -> dict | None:
+        """How to replace `fixed`; None, and a line in the report where a user would expect one, to leave it."""
+        kind = type(fixed)
+        if not isinstance(fixed, self.activations):
+            return None
+        matches = (key for key in self.rules if key is kind or isinstance(key, str) and fnmatchcase(path, key))
+        key = next(matches, None)
+        self.unmatched.pop(key, None)
+        rule = {} if key is None else self.rules[key]
+        if rule is None:
+            return self._keep(path, fixed, f"rules[{key!r}] is None")
+        options = {"init_as": FORM_OF.get(kind), **self.defaults, **rule}
+        if isinstance(fixed, AHAF):
+            if options["kind"] is not LEAF:
+                return None
+            return options if kind is AHAF else self._keep(path, fixed, "a class of its own")
+        if options["init_as"] is None:
+            why = "no form is near it" if kind in _WITHOUT_FORM else "a class of its own"
+            return self._keep(path, fixed, f"{why}; rules={{{kind.__name__}: form}} would name one")
+        try:
+            options["kind"](init_as=options["init_as"], device="meta")
+        except ValueError as error:
+            return self._keep(path, fixed, str(error))
+        return options
+
+    def _keep(self, path: str, fixed: nn.Module, reason: str) -> None:
+        self.report.kept.append(Kept(path, repr(fixed), reason))
+
+    def _add(self, place: _Place) -> None:
+        self._set(place, place.old)
+        self.places.append(place)
+        if isinstance(place.parent, nn.TransformerEncoderLayer):  # whose fast path would not call the activation
+            self.undo.callback(setattr, place.parent, "activation_relu_or_gelu", place.parent.activation_relu_or_gelu)
+            place.parent.activation_relu_or_gelu = 0
+
+    def _set(self, place: _Place, module: nn.Module) -> None:
+        if place.attribute in place.parent._modules:
+            self.undo.callback(
+                place.parent._modules.__setitem__, place.attribute, place.parent._modules[place.attribute]
+            )
+        place.parent.add_module(place.attribute, module)
+
+    # What the activations are called with.
+
+    def _outputs(self) -> list | None:
+        if self.inputs is None:
+            return None
+        with _evaluating(self.model), torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            keywords = isinstance(self.inputs, Mapping)
+            result = self.model(**self.inputs) if keywords else self.model(*self.inputs)
+            return [x.clone() for x in tree_leaves(result) if isinstance(x, Tensor)]
+
+    def _observe(self) -> None:
+        with contextlib.ExitStack() as hooks:
+            for place in self.places:
+
+                def hook(module, args, kwargs, place=place):
+                    u = (*args, *kwargs.values())[0]
+                    place.inputs.append((u.shape, u.dtype, u.device))
+
+                hooks.enter_context(_removing(place.old.register_forward_pre_hook(hook, with_kwargs=True)))
+            self._outputs()
+
+    # What comes in their place.
+
+    def _replace(self) -> None:
+        shared: dict[nn.Module, LearnableActivation] = {}
+        for place in self.places:
+            try:
+                new = shared[place.old] if place.old in shared else self._new(place)
+            except _KeptFor as reason:
+                self._keep(place.name, place.old, str(reason))
+                continue
+            shared[place.old] = new
+            self._set(place, new)
+            self.report.replaced.append(Replaced(place.name, place.label, repr(new), _form_difference(place.old, new)))
+
+    def _new(self, place: _Place) -> LearnableActivation:
+        if isinstance(place.old, AHAF):
+            return _leaf_of(place.old)
+        options = place.options
+        if options["granularity"] == "layer":
+            size = (1,)
+        elif self.inputs is None:
+            raise ValueError(
+                f"example_inputs is None; granularity {options['granularity']!r}, of {place.name}, takes an input of the "
+                "model to find the sizes"
+            )
+        elif not place.inputs:
+            raise _KeptFor("it was not called in the run with example_inputs, so its size is not known")
+        else:
+            sizes = {_size(shape, options) for shape, _, _ in place.inputs}
+            if len(sizes) > 1:
+                raise _KeptFor(f"it is called with inputs that take parameters of several sizes, {sorted(sizes)}")
+            (size,) = sizes
+        dtype, device = place.inputs[0][1:] if place.inputs else self._parameter_near(place)
+        if not dtype.is_floating_point:
+            raise _KeptFor(f"its input is of {dtype}")
+        dtype = dtype if dtype == torch.float64 else torch.float32
+        new = options["kind"](size=size, init_as=options["init_as"], device=device, dtype=dtype)
+        return new.train(place.old.training)
+
+    def _parameter_near(self, place: _Place) -> tuple[torch.dtype, torch.device]:
+        """Of the last floating-point parameter before the place in the model's order, else of the first behind it."""
+        near, passed = None, False
+        for module in self.model.modules():
+            passed = passed or module is place.old
+            if passed and near is not None:
+                break
+            near = next((p for p in module.parameters(recurse=False) if p.dtype.is_floating_point), near)
+        near = torch.empty(()) if near is None else near
+        return near.dtype, near.device
+
+
+class _KeptFor(Exception):
+    """The reason why an activation is kept."""
+
+
+def _join(name: str, attribute: str) -> str:
+    return f"{name}.{attribute}" if name else attribute
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}_leaf{k}" for k in range(1, 1_000_000))
+
+
+def _size(shape: torch.Size, options: dict) -> tuple[int, ...]:
+    granularity, dim = options["granularity"], options["channel_dim"]
+    try:
+        return size_of(granularity, tuple(shape[1:]), dim - 1 if dim > 0 else dim)
+    except IndexError:
+        raise _KeptFor(
+            f"its input of shape {tuple(shape)} has no dimension for granularity {granularity!r}, channel_dim={dim}"
+        ) from None
+
+
+def _leaf_of(ahaf: AHAF) -> LEAF:
+    """y = β·u·σ(γ·u) is LEAF with p1 = β, p3 = γ, p2 = p4 = 0."""
+    new = LEAF(
+        size=ahaf.size,
+        init_as=ahaf.init_as,
+        device=ahaf.beta.device,
+        dtype=ahaf.beta.dtype,
+        keep_float32=ahaf.keep_float32,
+    )
+    with torch.no_grad():
+        for target, source in ((new.p1, ahaf.beta), (new.p3, ahaf.gamma)):
+            target.copy_(source).requires_grad_(source.requires_grad)
+    return new.train(ahaf.training)
+
+
+def _form_difference(old: nn.Module, new: LearnableActivation) -> float | None:
+    if list(old.parameters()):
+        return 0.0 if isinstance(old, AHAF) else None
+    half = torch.logspace(-8, 1, 2000, dtype=torch.float64)  # ReLU's form differs most near 1e-5
+    u = torch.cat([-half, half.new_zeros(1), half])
+    form = type(new)(init_as=new.init_as, dtype=torch.float64)
+    with torch.no_grad():
+        return (copy.deepcopy(old).eval()(u.clone()) - form(u)).abs().max().item()
+
+
+def _difference(before: list[Tensor], after: list[Tensor]) -> float:
+    largest = 0.0
+    for a, b in zip(before, after, strict=True):
+        same = (a == b) | (a.isnan() & b.isnan())
+        if not same.all():
+            largest = max(largest, (a[~same].double() - b[~same].double()).abs().max().item())
+    return largest
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _removing(handle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# Calls of activations in a forward, by torch.fx.
+
+
+def _module_type(target) -> type[nn.Module] | None:
+    try:
+        return _MODULE_OF.get(target) or _IN_PLACE.get(target)
+    except TypeError:  # not hashable
+        return None
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else node.target.__name__
+
+
+class _OneModule(fx.Tracer):
+    """Traces a module's own forward; its children are called, not looked into."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return True
+
+
+def _trace(module: nn.Module, training: bool) -> fx.Graph:
+    """Raises where the graph would not do what the forward does at each call."""
+    containers = (dict, list, set)
+    probe = copy.copy(module)
+    vars(probe).update({k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, containers)})
+    probe.training = training
+
+    def state():
+        held = {k: list(map(id, v)) if isinstance(v, containers) else id(v) for k, v in vars(probe).items()}
+        return held, (random.getstate(), torch.get_rng_state().tolist())
+
+    attributes, generators = state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            graph = _OneModule().trace(probe)
+            attributes_after, generators_after = state()
+    finally:
+        random.setstate(generators[0])
+    if attributes != attributes_after:
+        raise RuntimeError("it assigns to its attributes, or makes a tensor of its own")
+    if generators != generators_after:
+        raise RuntimeError("it draws random numbers")
+    return graph
+
+
+def _calls(graph: fx.Graph) -> dict[fx.Node, nn.Module | None]:
+    """The calls of activations and the module equal to each, None where its arguments are not constants."""
+    calls = {}
+    for node in graph.nodes:
+        kind = _module_type(node.target) if node.op in ("call_function", "call_method") else None
+        if kind is not None:
+            kwargs = {k: v for k, v in node.kwargs.items() if k not in ("input", "self")}
+            arguments = node.args[1:] if node.args else ()
+            constant = not any(isinstance(a, fx.Node) for a in (*arguments, *kwargs.values()))
+            calls[node] = kind(*arguments, **kwargs) if constant else None
+    return calls
+
+
+def _with_forward(module: nn.Module, graphs: list[fx.Graph], attributes: dict[str, str]) -> type[nn.Module]:
+    """The module's class with the graphs of train and eval mode for its forward, calls by `attributes` in them."""
+    forwards = []
+    for graph in graphs:
+        for node in list(graph.nodes):
+            if node.name in attributes:
+                u = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(graph.call_module(attributes[node.name], (u,)))
+                graph.erase_node(node)
+        forwards.append(type(fx.GraphModule(module, graph)).forward)
+    in_training, in_eval = forwards
+
+    @functools.wraps(in_training)
+    def forward(self, *args, **kwargs):
+        return (in_training if self.training else in_eval)(self, *args, **kwargs)
+
+    cls = type(module)
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__})

@@ -1,0 +1,499 @@
+"""leaf_cuda.convert: which activations are replaced, by what, and that the model stays what it was otherwise."""
+
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from leaf_cuda import AHAF, LEAF
+from leaf_cuda.convert import freeze_weights, replace_activations
+from leaf_cuda.models import LeNet5
+
+
+def make_forward(body):
+    """A module with two linear layers and `body(self, x)` for its forward."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1 = nn.Linear(6, 6)
+            self.fc2 = nn.Linear(6, 6)
+            self.values = []
+
+        def forward(self, x):
+            return body(self, x)
+
+    torch.manual_seed(0)
+    return Net()
+
+
+X = torch.linspace(-4, 4, 60).reshape(10, 6)
+EXACT = {"ReLU": 5e-6, "SiLU": 4e-15, "Tanh": 1e-15, "Sigmoid": 1e-15}
+NEAR = {"GELU": 0.0204, "Hardswish": 0.1243, "Hardsigmoid": 0.0563}
+CALLS = {
+    "ReLU": [F.relu, torch.relu, lambda x: x.relu(), lambda x: F.relu(x, True), lambda x: x.clone().relu_(), F.relu_]
+    + [lambda x: torch.relu(input=x)],
+    "SiLU": [F.silu, lambda x: F.silu(x, inplace=True)],
+    "Tanh": [torch.tanh, F.tanh, lambda x: x.tanh(), lambda x: x.tanh_()],
+    "Sigmoid": [torch.sigmoid, F.sigmoid, torch.special.expit, lambda x: x.sigmoid(), torch.sigmoid_],
+    "GELU": [F.gelu, lambda x: F.gelu(x, approximate="tanh")],
+    "Hardswish": [F.hardswish],
+    "Hardsigmoid": [F.hardsigmoid],
+}
+
+
+@pytest.mark.parametrize("name", EXACT | NEAR)
+def test_forms(name):
+    """The report's difference is the form's own, of which a finer grid sees no more, and the output differs by no more."""
+    fixed = getattr(nn, name)()
+    model = nn.Sequential(fixed)
+    u = torch.linspace(-12, 12, 240_001, dtype=torch.float64)
+    report = replace_activations(model, example_inputs=u)
+    (replaced,) = report.replaced
+    bound = (EXACT | NEAR)[name]
+    assert replaced.difference <= bound and report.output_difference <= bound + 2e-6
+    torch.testing.assert_close(model(u), fixed(u), rtol=0, atol=bound + 2e-6)
+    if name in NEAR:  # and is no smaller than told
+        assert replaced.difference > 0.98 * bound
+
+
+@pytest.mark.parametrize("name, call", [(name, call) for name, calls in CALLS.items() for call in calls])
+def test_calls(name, call):
+    model = make_forward(lambda self, x: self.fc2(call(self.fc1(x))))
+    before = model(X)
+    (replaced,) = replace_activations(
+        model, rules={getattr(nn, name): getattr(nn, name).__name__ if name in EXACT else "GELU"}
+    ).replaced
+    assert isinstance(getattr(model, replaced.name), LEAF)
+    if name in EXACT:
+        torch.testing.assert_close(model(X), before, rtol=0, atol=1e-5)
+    model(X).sum().backward()
+    assert getattr(model, replaced.name).p1.grad.abs() > 0
+
+
+def test_function_in_attribute():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = F.silu
+
+        def forward(self, x):
+            return self.act(x)
+
+    model = Net()
+    report = replace_activations(model)
+    assert [(r.name, r.old) for r in report.replaced] == [("act", "function silu")] and isinstance(model.act, LEAF)
+    torch.testing.assert_close(model(X), F.silu(X))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", nn.ReLU(), nn.GELU()])
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_transformer_layer(activation, granularity):
+    """In eval mode torch's layer has a fast path of its own, which must not compute the fixed activation."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation=activation, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    x = torch.randn(3, 5, 8)
+    report = replace_activations(model, granularity=granularity, channel_dim=-1, example_inputs=x)
+    assert [r.name for r in report.replaced] == ["layers.0.activation", "layers.1.activation"]
+    assert model.layers[1].activation.p1.shape == {"layer": (1,), "channel": (16,)}[granularity]
+    assert report.output_difference < 0.02
+    model.eval()
+    with torch.no_grad():
+        before = model(x)
+        model.layers[1].activation.p1 += 1
+        assert (model(x) - before).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    "granularity, channel_dim, sizes",
+    [
+        ("layer", 1, [(1,), (1,)]),
+        ("channel", 1, [(8, 1, 1), (5,)]),
+        ("channel", -1, [(6,), (5,)]),
+        ("element", 1, [(8, 6, 6), (5,)]),
+    ],
+)
+def test_sizes(granularity, channel_dim, sizes):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5), nn.Tanh())
+    x = torch.randn(2, 3, 8, 8)
+    before = model(x)
+    report = replace_activations(model, granularity=granularity, channel_dim=channel_dim, example_inputs=x)
+    assert [model[1].size, model[4].size] == sizes
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-5)
+    assert report.output_difference <= 1e-5 and model.training
+
+
+def test_networks():
+    """The paper's, whose fixed activations become what the models are made with."""
+    model = LeNet5((1, 28, 28))
+    replace_activations(model, granularity="element", example_inputs=torch.randn(1, 1, 28, 28))
+    assert sum(p.numel() for p in model.parameters()) == 431_000 + 60_880
+    ahaf = LeNet5((1, 28, 28))
+    report = replace_activations(ahaf, AHAF)
+    assert [type(ahaf.get_submodule(r.name)) for r in report.replaced] == 3 * [AHAF]
+
+
+def test_rules():
+    class Mine(nn.Module):
+        def forward(self, x):
+            return x * torch.sigmoid(3 * x)
+
+    def model():
+        return nn.ModuleDict(
+            {
+                "body": nn.Sequential(nn.ReLU(), nn.LeakyReLU(), nn.ReLU(), Mine()),
+                "head": nn.Sequential(nn.ReLU(), nn.SiLU()),
+            }
+        )
+
+    net = model()
+    rules = {
+        "head.*": None,
+        nn.LeakyReLU: "ReLU",
+        Mine: ("Swish", 3),
+        "body.2": {"kind": AHAF, "init_as": "SiLU"},
+        nn.ReLU: {"granularity": "layer"},
+        "tail": None,
+    }
+    report = replace_activations(net, rules=rules)
+    assert [repr(m) for m in net["body"]] == [
+        "LEAF(size=(1,), init_as='ReLU')",
+        "LEAF(size=(1,), init_as='ReLU')",
+        "AHAF(size=(1,), init_as='SiLU')",
+        "LEAF(size=(1,), init_as=('Swish', 3))",
+    ]
+    assert [type(m) for m in net["head"]] == [nn.ReLU, nn.SiLU]
+    assert {k.name: k.reason for k in report.kept} == {
+        "head.0": "rules['head.*'] is None",
+        "head.1": "rules['head.*'] is None",
+        "tail": "it matches no activation",
+    }
+    assert {r.name: r.difference for r in report.replaced}["body.1"] == pytest.approx(0.1)  # of LeakyReLU at -10
+    assert {r.name: r.difference for r in report.replaced}["body.3"] < 1e-15
+
+
+def test_each_place_has_its_own():
+    act = nn.ReLU()
+    model = nn.Sequential(nn.Linear(6, 6), act, nn.Sequential(nn.Linear(6, 6), act))
+    replace_activations(model)
+    assert isinstance(model[1], LEAF) and isinstance(model[2][1], LEAF) and model[1] is not model[2][1]
+    block = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    shared = nn.Sequential(block, block)
+    assert len(replace_activations(shared).replaced) == 1 and shared[0] is shared[1]
+
+
+def test_ahaf_becomes_leaf():
+    ahaf = AHAF(size=(6,), init_as="SiLU", keep_float32=False, dtype=torch.float64)
+    with torch.no_grad():
+        ahaf.gamma.uniform_(-2, 2)
+        ahaf.beta.uniform_(-2, 2)
+    ahaf.beta.requires_grad_(False)
+    model = nn.Sequential(ahaf, nn.Identity(), ahaf)
+    x = X.double()
+    before = model(x)
+    report = replace_activations(model)
+    assert [r.difference for r in report.replaced] == [0.0, 0.0]
+    assert torch.equal(model(x), before) and model[0] is model[2]
+    assert [p.requires_grad for p in model[0].parameters()] == [False, True, True, True]
+    assert (model[0].size, model[0].keep_float32, model[0].p1.dtype) == ((6,), False, torch.float64)
+    assert not replace_activations(nn.Sequential(LEAF(), nn.ReLU()), AHAF).kept
+
+
+def not_constant(self, x):
+    return F.gelu(self.fc1(x), approximate="tanh" if x.sum() > 0 else "none")
+
+
+def assigning(self, x):
+    self.last = F.relu(self.fc1(x))
+    return self.last
+
+
+def appending(self, x):
+    self.values.append(x)
+    return F.relu(x)
+
+
+def own_tensor(self, x):
+    return F.relu(x) + torch.rand(6)
+
+
+def python_random(self, x):
+    return F.relu(x) if random.random() < 2 else x
+
+
+def torch_random(self, x):
+    return F.relu(x) if torch.rand(()) < 2 else x
+
+
+def other_in_training(self, x):
+    return F.relu(x) if self.training else torch.tanh(x)
+
+
+def computed_argument(self, x):
+    return F.leaky_relu(x, x.shape[0])
+
+
+@pytest.mark.parametrize(
+    "body, reason",
+    [
+        (not_constant, "torch.fx: symbolically traced variables cannot be used as inputs to control flow"),
+        (assigning, "torch.fx: it assigns to its attributes"),
+        (appending, "torch.fx: it assigns to its attributes"),
+        (own_tensor, "torch.fx: it assigns to its attributes, or makes a tensor of its own"),
+        (python_random, "torch.fx: it draws random numbers"),
+        (torch_random, "torch.fx: it draws random numbers"),
+        (other_in_training, "other activations in train than in eval mode"),
+        (computed_argument, "its arguments are computed"),
+    ],
+)
+def test_calls_kept(body, reason):
+    """A forward that its trace would not repeat stays, and the report says why."""
+    model = make_forward(body)
+    kind, attributes = type(model), dict(vars(model))
+    with pytest.warns(UserWarning, match="nothing replaced"):
+        report = replace_activations(model)
+    (kept,) = report.kept
+    assert reason in kept.reason and not report.replaced
+    assert type(model) is kind and vars(model) == attributes and model.values == []
+
+
+def hooked():
+    act = nn.ReLU()
+    act.register_forward_hook(lambda *args: None)
+    return act
+
+
+class OwnReLU(nn.ReLU):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (nn.LeakyReLU, "no form is near it; rules={LeakyReLU: form} would name one"),
+        (nn.PReLU, "no form is near it"),
+        (lambda: nn.LSTM(6, 6), "inside torch's own recurrent step"),
+        (lambda: nn.GRUCell(6, 6), "inside torch's own recurrent step"),
+        (hooked, "it has hooks, which would be lost"),
+        (OwnReLU, "a class of its own; rules={OwnReLU: form} would name one"),
+        (lambda: torch.jit.script(nn.Sequential(nn.ReLU())), "TorchScript cannot be changed"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:`torch.jit.script")
+def test_modules_kept(make, reason):
+    model = nn.Sequential(make())
+    child = model[0]
+    with pytest.warns(UserWarning, match="nothing replaced"):
+        report = replace_activations(model)
+    (kept,) = report.kept
+    assert kept.name == "0" and reason in kept.reason and model[0] is child and reason in str(report)
+
+
+def test_kept_by_size():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.twice, self.never, self.flat, self.whole = nn.ReLU(), nn.ReLU(), nn.ReLU(), nn.ReLU()
+
+        def forward(self, x):
+            return (
+                self.twice(x).sum()
+                + self.twice(x[:, :3]).sum()
+                + self.flat(x.sum(1)).sum()
+                + self.whole(x.long()).sum()
+            )
+
+    model = Net()
+    with pytest.warns(UserWarning, match="nothing replaced"):
+        report = replace_activations(model, granularity="element", example_inputs=X)
+    reasons = {k.name: k.reason for k in report.kept}
+    assert "parameters of several sizes, [(3,), (6,)]" in reasons["twice"]
+    assert "it was not called" in reasons["never"]
+    assert "shape (10,) has no dimension for granularity 'element'" in reasons["flat"]
+    assert "torch.int64" in reasons["whole"]
+
+
+def test_ahaf_has_no_tanh():
+    with pytest.warns(UserWarning, match="nothing replaced"):
+        (kept,) = replace_activations(nn.Sequential(nn.Tanh()), AHAF).kept
+    assert "no form of AHAF" in kept.reason
+
+
+class Small(nn.Module):
+    """A call, a function in an attribute, a shared module, and dropout by self.training."""
+
+    def __init__(self):
+        super().__init__()
+        act = nn.ReLU(inplace=True)
+        self.fc = nn.Sequential(nn.Linear(6, 6), act, nn.Linear(6, 6), act)
+        self.act = F.tanh
+        self.encoder = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+
+    def forward(self, x, scale: float = 2.0):
+        x = self.act(self.fc(x))
+        x = self.encoder(x[None])[0]
+        return scale * F.dropout(F.silu(x), 0.5, self.training)
+
+
+def test_train_and_eval_mode():
+    model = Small()
+    replace_activations(model)
+    model.train()
+    assert (model(X) == 0).any()
+    model.eval()
+    assert not (model(X) == 0).any()
+    torch.testing.assert_close(model(X, scale=4.0), 2 * model(X))
+
+
+def test_unchanged_after_an_error():
+    """At every step at which something can fail: the run before, the run of the sizes, the creation of a LEAF."""
+    torch.manual_seed(0)
+    original = Small().eval()
+    expected = original(X)
+    for calls in range(3):
+        model = copy.deepcopy(original)
+        attributes = {name: dict(vars(m)) for name, m in model.named_modules()}
+        children = {name: dict(m._modules) for name, m in model.named_modules()}
+        count = iter(range(calls))
+
+        def fail(module, args):
+            if next(count, None) is None:
+                raise ArithmeticError("planted")
+
+        handle = model.encoder.register_forward_pre_hook(fail)
+        with pytest.raises(ArithmeticError, match="planted"):
+            replace_activations(model, granularity="channel", example_inputs=X)
+        handle.remove()
+        assert type(model) is Small and torch.equal(model(X), expected)
+        assert {name: dict(vars(m)) for name, m in model.named_modules()} == attributes
+        assert {name: dict(m._modules) for name, m in model.named_modules()} == children
+    with pytest.raises(ValueError, match="example_inputs is None; granularity 'element', of encoder.activation"):
+        replace_activations(model, rules={"encoder.*": {"granularity": "element"}})
+    assert type(model) is Small and torch.equal(model(X), expected) and model.act is F.tanh
+
+
+def test_copies_and_state():
+    torch.manual_seed(0)
+    original = Small().eval()
+    model = copy.deepcopy(original)
+    replace_activations(model)
+    assert isinstance(model, Small) and type(model).__name__ == "Small"
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        model.silu.p1 += 1
+    assert not torch.equal(clone(X), model(X))
+    again = copy.deepcopy(original)
+    replace_activations(again)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(X), model(X))
+    with pytest.raises(pickle.PicklingError):
+        pickle.dumps(model)
+
+
+def test_compile():
+    model = make_forward(lambda self, x: F.dropout(self.fc2(F.silu(self.fc1(x))), 0.5, self.training))
+    replace_activations(model)
+    compiled = torch.compile(model, fullgraph=True)
+    model.eval()
+    torch.testing.assert_close(compiled(X), model(X))
+    model.train()
+    assert (compiled(X) == 0).any()
+
+
+def test_device_and_dtype():
+    def converted(model):
+        replace_activations(model)
+        return [(p.device.type, p.dtype) for m in model.modules() if isinstance(m, LEAF) for p in (m.p1,)]
+
+    def network(dtype):
+        return nn.Sequential(nn.ReLU(), nn.Linear(3, 3, device="meta"), nn.Sequential(nn.Linear(3, 3), nn.Tanh())).to(
+            dtype
+        )
+
+    assert converted(network(torch.float64)) == [("meta", torch.float64), ("cpu", torch.float64)]
+    assert converted(network(torch.bfloat16)) == [("meta", torch.float32), ("cpu", torch.float32)]
+    assert converted(nn.Sequential(nn.ReLU())) == [("cpu", torch.float32)]
+    model = nn.Sequential(nn.ReLU())
+    replace_activations(model, example_inputs=X.double())
+    assert model[0].p1.dtype == torch.float64
+
+
+def test_example_inputs():
+    """A tensor, a tuple, a dict; batch normalisation's statistics and the random state stay as they were."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.act = nn.BatchNorm1d(6), nn.SiLU()
+
+        def forward(self, x, *, y=None):
+            return {"out": [self.act(self.norm(x)), self.act(x if y is None else y) + torch.rand(())]}
+
+    for inputs in (X, (X,), {"x": X, "y": X}):
+        model = Net()
+        state, generator = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+        report = replace_activations(model, granularity="channel", example_inputs=inputs)
+        assert report.output_difference < 1e-6 and model.act.size == (6,)
+        assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+        assert torch.equal(generator, torch.get_rng_state())
+
+
+def test_in_place_activation_is_seen_in_the_output():
+    """An input that was changed in place and is used again: the output changes, and the report tells."""
+    act = nn.ReLU(inplace=True)
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = act
+
+        def forward(self, x):
+            x = x + 0
+            return self.act(x) + x
+
+    assert replace_activations(Residual(), example_inputs=X).output_difference == pytest.approx(4)
+
+
+def test_freeze():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    model[0].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="model has no LEAF or AHAF"):
+        freeze_weights(model)
+    replace_activations(model)
+    frozen = freeze_weights(model)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["1.p1", "1.p2", "1.p3", "1.p4"]
+    assert [tuple(p.shape) for p in frozen] == [(6, 6), (6, 6), (6,)]
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"model": 3}, TypeError, "model is of type int"),
+        ({"kind": nn.ReLU}, TypeError, "kind is <class.*; it takes LEAF or AHAF"),
+        ({"granularity": "pixel"}, ValueError, "granularity is 'pixel'; it takes one of"),
+        ({"channel_dim": 0}, ValueError, "channel_dim is 0; it takes an integer but 0, the batch"),
+        ({"example_inputs": [X]}, TypeError, "example_inputs is of type list"),
+        ({"rules": ["x"]}, TypeError, "rules is of type list"),
+        ({"rules": {3: None}}, TypeError, "rules has the key 3"),
+        ({"rules": {"x": "Cubic"}}, ValueError, "init_as is 'Cubic'.* in rules\\['x'\\]"),
+        ({"rules": {"x": {"form": "ReLU"}}}, ValueError, "rules\\['x'\\] has \\['form'\\]; it takes init_as"),
+        ({"rules": {"x": {"granularity": "pixel"}}}, ValueError, "granularity is 'pixel'.* in rules\\['x'\\]"),
+    ],
+)
+def test_errors(options, error, message):
+    with pytest.raises(error, match=message):
+        replace_activations(**{"model": nn.Sequential(nn.ReLU()), **options})
+
+
+def test_wrapped_model():
+    wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = nn.Sequential(nn.ReLU())
+    with pytest.raises(ValueError, match=r"model.0 is wrapped for data parallel training \(DistributedDataParallel\)"):
+        replace_activations(nn.Sequential(wrapped))
