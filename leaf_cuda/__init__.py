@@ -1,6 +1,6 @@
 """LEAF, the Learnable Extended Activation Function, as fused CPU and CUDA kernels for PyTorch."""
 
-from . import convert, models, optim
+from . import convert, models, optim, plot
 from ._version import __version__
 from .function import LeafFunction
 from .functional import FallbackWarning, ahaf, leaf
@@ -20,4 +20,5 @@ __all__ = [
     "leaf",
     "models",
     "optim",
+    "plot",
 ]

@@ -438,7 +438,7 @@ class _Conversion:
             raise _KeptFor(f"its input is of {dtype}")
         dtype = dtype if dtype == torch.float64 else torch.float32
         new = options["kind"](size=size, init_as=options["init_as"], device=device, dtype=dtype)
-        return new.train(place.old.training)
+        return new.train(place.parent.training)
 
     def _parameter_near(self, place: _Place) -> tuple[torch.dtype, torch.device]:
         """Of the last floating-point parameter before the place in the model's order, else of the first behind it."""

@@ -384,6 +384,7 @@ def test_copies_and_state():
     model = copy.deepcopy(original)
     replace_activations(model)
     assert isinstance(model, Small) and type(model).__name__ == "Small"
+    assert not any(module.training for module in model.modules())
     clone = copy.deepcopy(model)
     with torch.no_grad():
         model.silu.p1 += 1

@@ -1,0 +1,96 @@
+"""The forms that LEAF and AHAF have learned, as a figure. Takes matplotlib, which is not a dependency of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .functional import ahaf, leaf
+from .modules import AHAF, LearnableActivation, _form
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLUMNS = 4
+
+
+def plot_forms(
+    model: nn.Module,
+    *,
+    reference: str | tuple | Callable[[Tensor], Tensor] | None = None,
+    samples: int = 16,
+    bounds: tuple[float, float] = (-4.0, 4.0),
+) -> Figure:
+    """Draws y over u for every LEAF and AHAF of a model, one panel each, with its initial form behind.
+
+    Args:
+        model: a model, or one LEAF or AHAF. What is shared is drawn once.
+        reference: what is drawn behind instead: a form as LEAF's ``init_as``, or a function such as
+            ``torch.nn.functional.gelu``.
+        samples: the most curves of one panel; with more sets of parameters, they are spread evenly over them.
+        bounds: of u.
+
+    Returns:
+        A ``matplotlib.figure.Figure``, not registered with pyplot: ``.savefig("forms.png")`` writes it.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: the model has no LEAF or AHAF, or another argument is none of these.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"plot_forms takes matplotlib: pip install matplotlib ({error})") from error
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is of type {type(model).__name__}; it takes a torch.nn.Module")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LearnableActivation)}
+    if not layers:
+        raise ValueError("model has no LEAF or AHAF to draw; leaf_cuda.convert.replace_activations puts them in")
+    if not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples is {samples!r}; it takes a positive integer")
+    if not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds is {bounds!r}; it takes (low, high) with low < high")
+
+    u = torch.linspace(*bounds, 401, dtype=torch.float64)
+    columns = min(_COLUMNS, len(layers))
+    rows = -(-len(layers) // columns)
+    figure = Figure(figsize=(0.6 + 3 * columns, 0.6 + 2.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for (name, layer), panel in zip(layers.items(), panels):
+        behind, label = _reference(layer, reference)
+        curves, count = _curves(layer, u, samples)
+        panel.plot(u, behind(u), color="black", linestyle="--", linewidth=1.2, label=label, zorder=3)
+        panel.plot(u, curves.T, color="tab:blue", linewidth=1, alpha=max(0.25, 1 / len(curves)))
+        shown = f"{count} form{'s' if count > 1 else ''}" if count == len(curves) else f"{len(curves)} of {count} forms"
+        panel.set_title(f"{name or type(layer).__name__}: {shown}", fontsize=9)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    for panel in list(panels):
+        panel.remove()
+    figure.supxlabel("u")
+    figure.supylabel("y")
+    return figure
+
+
+def _reference(layer: LearnableActivation, reference) -> tuple[Callable[[Tensor], Tensor], str]:
+    if callable(reference):
+        return reference, getattr(reference, "__name__", type(reference).__name__)
+    form = layer.init_as if reference is None else reference
+    try:
+        values = _form(form)
+    except ValueError as error:
+        raise ValueError(f"reference takes a function or a form: {error}") from None
+    label = form if isinstance(form, str) else str(tuple(form))
+    return lambda u: leaf(u, *values), label + (" at the start" if reference is None else "")
+
+
+def _curves(layer: LearnableActivation, u: Tensor, samples: int) -> tuple[Tensor, int]:
+    """y (curves, points) for at most `samples` of the layer's sets of parameters, and how many sets there are."""
+    function, names = (ahaf, ("beta", "gamma")) if isinstance(layer, AHAF) else (leaf, ("p1", "p2", "p3", "p4"))
+    parameters = [getattr(layer, name).detach().to("cpu", torch.float64).flatten() for name in names]
+    count = parameters[0].numel()
+    chosen = torch.linspace(0, count - 1, min(samples, count)).round().long()
+    return function(u.expand(len(chosen), -1), *(p[chosen, None] for p in parameters)), count
