@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import copy
 import functools
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -138,9 +141,10 @@ def replace_activations(
 
     nn.ReLU, SiLU, Tanh and Sigmoid keep their values (ReLU within 5e-6), GELU, Hardswish and Hardsigmoid nearly. They
     are found as modules, as functions kept in attributes (``self.act = F.gelu``), and as calls (``F.relu(x)``,
-    ``x.tanh()``) in a ``forward`` that torch.fx can trace. Such a module gets the traced ``forward``, under which the
-    values it read from its attributes stay as they were, and new children for the calls. ``deepcopy`` and ``state_dict``
-    work on it, ``pickle`` refuses it.
+    ``x.tanh()``) in a ``forward`` that torch.fx can trace and that takes the same way at each call: one that depends on
+    its inputs, their types, or which of its arguments are given, is left alone. A traced module gets the traced
+    ``forward``, under which the values it read from its attributes stay as they were, and new children for the calls.
+    ``deepcopy`` and ``state_dict`` work on it, ``pickle`` refuses it.
 
     Each place gets parameters of its own, also where one parameterless module, ``act = nn.ReLU()``, stands in several.
     An activation that worked in place does so no more. Make the optimizer, and wrap in DDP or FSDP, afterwards. To load
@@ -543,14 +547,85 @@ def _name(node: fx.Node) -> str:
 
 
 class _OneModule(fx.Tracer):
-    """Traces a module's own forward; its children are called, not looked into."""
+    """Traces a module's own forward; its children are called, not looked into. Raises for what no graph holds."""
+
+    def __init__(self, absent: frozenset[str]):
+        super().__init__()
+        self.absent = absent
+        self.modes = _modes()
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return True
 
+    def create_args_for_root(self, *args, **kwargs):
+        """The arguments named in `absent` are left out of the call: they have their default values."""
+        function, values = super().create_args_for_root(*args, **kwargs)
+        default = {v: v.node.args[0] for v in values if type(v) is fx.Proxy and v.node.target in self.absent}
+        return function, [default.get(v, v) for v in values]
+
+    def create_node(self, *args, **kwargs) -> fx.Node:
+        if _modes() != self.modes:
+            raise RuntimeError("it changes the grad mode or autocast within")
+        frame = sys._getframe()
+        while frame is not None:
+            if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+                raise RuntimeError("it uses activation checkpointing")
+            frame = frame.f_back
+        return super().create_node(*args, **kwargs)
+
+
+def _modes() -> tuple:
+    devices = ("cpu", "cuda")
+    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+
+
+@contextlib.contextmanager
+def _refusing_type_checks() -> Iterator[None]:
+    """Within, isinstance of a proxy, called outside torch, raises: a proxy is no Tensor, and the answer would be wrong."""
+    plain = isinstance
+
+    def refusing(value, types):
+        if plain(value, fx.Proxy) and not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+            raise RuntimeError("it asks for the type of an input")
+        return plain(value, types)
+
+    with mock.patch.object(builtins, "isinstance", refusing):
+        yield
+
 
 def _trace(module: nn.Module, training: bool) -> fx.Graph:
     """Raises where the graph would not do what the forward does at each call."""
+    with torch.enable_grad():
+        graph = _trace_once(module, training)
+        optional = [node.target for node in graph.nodes if node.op == "placeholder" and node.args]
+        for absent in {frozenset(optional), *(frozenset([name]) for name in optional)}:
+            if _steps(graph, absent) != _steps(_trace_once(module, training, absent), absent):
+                raise RuntimeError(f"it does other things without {' and '.join(sorted(absent))}")
+    with torch.no_grad():
+        if _steps(graph) != _steps(_trace_once(module, training)):
+            raise RuntimeError("it does other things without gradients")
+    return graph
+
+
+def _steps(graph: fx.Graph, absent: frozenset[str] = frozenset()) -> str:
+    """What two graphs of one forward are compared by; the placeholders named in `absent` as their default values."""
+    names = {}
+    for node in graph.nodes:
+        is_absent = node.op == "placeholder" and node.target in absent
+        names[node] = node.args[0] if is_absent else f"%{len(names)}"
+    return repr(
+        [
+            (node.op, node.target, fx.node.map_arg((node.args, node.kwargs), names.__getitem__))
+            for node in names
+            if node.op != "placeholder"
+        ]
+    )
+
+
+def _trace_once(module: nn.Module, training: bool, absent: frozenset[str] = frozenset()) -> fx.Graph:
+    if "forward" in vars(module):
+        raise RuntimeError("its forward is not its class's")
     containers = (dict, list, set)
     probe = copy.copy(module)
     vars(probe).update({k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, containers)})
@@ -563,7 +638,8 @@ def _trace(module: nn.Module, training: bool) -> fx.Graph:
     attributes, generators = state()
     try:
         with torch.random.fork_rng(devices=[]):
-            graph = _OneModule().trace(probe)
+            with _refusing_type_checks():
+                graph = _OneModule(absent).trace(probe)
             attributes_after, generators_after = state()
     finally:
         random.setstate(generators[0])

@@ -239,9 +239,43 @@ def computed_argument(self, x):
     return F.leaky_relu(x, x.shape[0])
 
 
+def without_gradients(self, x):
+    with torch.no_grad():
+        x = self.fc1(x)
+    return F.relu(x)
+
+
+def under_autocast(self, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.relu(self.fc1(x))
+
+
+def checkpointed(self, x):
+    return torch.utils.checkpoint.checkpoint(lambda x: F.relu(self.fc1(x)), x, use_reentrant=False)
+
+
+def asking_for_gradients(self, x):
+    return F.relu(x) if torch.is_grad_enabled() else F.relu(self.fc1(x))
+
+
+def asking_isinstance(self, x):
+    return F.relu(x) if isinstance(x, torch.Tensor) else F.relu(x[0])
+
+
+def asking_is_tensor(self, x):
+    return F.relu(x) if torch.is_tensor(x) else F.relu(x[0])
+
+
 @pytest.mark.parametrize(
     "body, reason",
     [
+        (without_gradients, "torch.fx: it changes the grad mode or autocast within"),
+        (torch.no_grad()(lambda self, x: F.relu(x)), "torch.fx: it changes the grad mode"),
+        (under_autocast, "torch.fx: it changes the grad mode or autocast within"),
+        (checkpointed, "torch.fx: it uses activation checkpointing"),
+        (asking_for_gradients, "torch.fx: it does other things without gradients"),
+        (asking_isinstance, "torch.fx: it asks for the type of an input"),
+        (asking_is_tensor, "torch.fx: it asks for the type of an input"),
         (not_constant, "torch.fx: symbolically traced variables cannot be used as inputs to control flow"),
         (assigning, "torch.fx: it assigns to its attributes"),
         (appending, "torch.fx: it assigns to its attributes"),
@@ -252,15 +286,51 @@ def computed_argument(self, x):
         (computed_argument, "its arguments are computed"),
     ],
 )
-def test_calls_kept(body, reason):
+@pytest.mark.parametrize("grad", [True, False])
+def test_calls_kept(body, reason, grad):
     """A forward that its trace would not repeat stays, and the report says why."""
     model = make_forward(body)
     kind, attributes = type(model), dict(vars(model))
-    with pytest.warns(UserWarning, match="nothing replaced"):
+    with pytest.warns(UserWarning, match="nothing replaced"), torch.set_grad_enabled(grad):
         report = replace_activations(model)
     (kept,) = report.kept
     assert reason in kept.reason and not report.replaced
     assert type(model) is kind and vars(model) == attributes and model.values == []
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_optional_arguments(grad):
+    """A forward that only hands an optional argument on is traced with its default; one that asks for it is kept."""
+
+    class Attention(nn.Module):
+        def forward(self, x, mask=None, scale=None, *, dropout=0.0):
+            x = F.silu(x)
+            return F.scaled_dot_product_attention(x, x, x, mask, dropout, scale=scale)
+
+    class Asking(Attention):
+        def forward(self, x, mask=None, scale=None):
+            if mask is None and scale is None:
+                mask = x @ x.mT
+            return super().forward(x, mask, scale)
+
+    x = X[None]
+    mask = torch.ones(10, 10).tril().log()
+    model, original = Attention(), Attention()
+    with torch.set_grad_enabled(grad):
+        assert replace_activations(model).replaced
+    for arguments in ({}, {"mask": mask}, {"mask": mask, "scale": 2.0}):
+        torch.testing.assert_close(model(x, **arguments), original(x, **arguments))
+    with pytest.warns(UserWarning, match="nothing replaced"):
+        (kept,) = replace_activations(Asking()).kept
+    assert "torch.fx: it does other things without mask and scale" in kept.reason
+
+
+def test_forward_of_the_instance():
+    model = make_forward(lambda self, x: F.relu(x))
+    model.forward = lambda x: torch.tanh(x)
+    with pytest.warns(UserWarning, match="nothing replaced"):
+        (kept,) = replace_activations(model).kept
+    assert "its forward is not its class's" in kept.reason and torch.equal(model(X), torch.tanh(X))
 
 
 def hooked():
