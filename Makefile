@@ -1,4 +1,5 @@
-# The two commands one needs: `make bench` and `make test`. Both make a virtual environment, install, build, and run.
+# The commands one needs: `make bench`, `make demo` and `make test`. Each makes a virtual environment, installs, builds,
+# and runs.
 #
 #   TORCH=torch==2.14.1   another torch    VENV=folder   another virtual environment    PYTHON=python3.12
 TORCH ?= torch==2.13.0
@@ -12,10 +13,14 @@ CMAKE_BUILD := build/cmake-$(notdir $(abspath $(VENV)))
 SOURCES := $(shell find csrc leaf_cuda -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu*') \
            csrc/sources.txt setup.py pyproject.toml
 
-.PHONY: bench test test-cpp test-slow gpu-check report install format clean
+.PHONY: bench demo test test-cpp test-slow gpu-check report install format clean
 
 bench: install
 	$(BIN)/python benchmarks/bench_leaf.py --quick
+
+# Trains on scikit-learn's digits: about a minute once it is built.
+demo: install
+	$(BIN)/python examples/paper_experiments.py --quick
 
 test: install test-cpp
 	$(BIN)/pytest $(PYTEST_ARGS)
@@ -57,7 +62,7 @@ $(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
 
 format:
 	$(BIN)/python -m pip install --quiet ruff clang-format
-	$(BIN)/ruff check --fix . && $(BIN)/ruff format benchmarks leaf_cuda tests setup.py
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format benchmarks examples leaf_cuda tests setup.py
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 clean:

@@ -13,6 +13,7 @@ import random
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--iterations", type=int, default=2, help="per round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--markdown", type=Path, help="write the table to this file, too")
     args = parser.parse_args()
     if args.device == "cpu" and platform.libc_ver()[0] == "glibc" and {**MALLOC, **os.environ} != os.environ:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**MALLOC, **os.environ})
@@ -99,9 +101,15 @@ def main() -> None:
             for name, times in seconds.items():
                 ratio = median(a / b for a, b in zip(times, seconds["SiLU"], strict=True))
                 lines.append([network.__name__, name, f"{1e3 * median(times):.1f}", f"{ratio:.2f}"])
-    print(tabulate(lines, ["network", "activation", "ms", "over SiLU"], tablefmt="github", disable_numparse=True))
+    table = tabulate(lines, ["network", "activation", "ms", "over SiLU"], tablefmt="github", disable_numparse=True)
     where = machine(args)
-    print(f"\n{where['gpu'] or where['cpu']}, {args.threads} threads, torch {where['torch']}, commit {where['commit']}")
+    text = (
+        f"{table}\n\nBatch {args.batch}, {args.rounds} rounds of {args.iterations} iterations; "
+        f"{where['gpu'] or where['cpu']}, {args.threads} threads, torch {where['torch']}, commit {where['commit']}\n"
+    )
+    print(text)
+    if args.markdown:
+        args.markdown.write_text(text)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import gc
 import io
 import itertools
 import math
@@ -202,6 +203,7 @@ def started_processes(device: torch.device) -> Iterator[Processes]:
     try:
         yield Processes(device, distributed.get_rank(), distributed.get_world_size())
     finally:
+        gc.collect()  # what holds the group, whose threads have to end before Python does
         distributed.destroy_process_group()
 
 
@@ -240,15 +242,17 @@ class Training:
         weights, *activations = leaf_param_groups(self.network, lr, p24_lr=slow_lr if slow else None)
         if run.procedure.startswith("double-stage"):
             self.optimizers = [make(activations), make([weights])]
-            self.step = DoubleStageTuner(*self.optimizers).step
+            self.tuner = DoubleStageTuner(*self.optimizers)
         else:
             self.optimizers = [make([weights, *activations])]
-            self.step = self._one_stage
+            self.tuner = None
         self.model = self.network
         if processes.count > 1:
-            self.model = DistributedDataParallel(self.network, find_unused_parameters=len(self.optimizers) > 1)
+            self.model = DistributedDataParallel(self.network, find_unused_parameters=self.tuner is not None)
 
-    def _one_stage(self, closure: Callable[[], Tensor]) -> Tensor:
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        if self.tuner is not None:
+            return self.tuner.step(closure)
         (optimizer,) = self.optimizers
         optimizer.zero_grad()
         loss = closure()
@@ -371,6 +375,7 @@ def train(run: Run, data: Data, epochs: int, output: Path, processes: Processes)
             if processes.rank == 0:
                 training.save(checkpoint)
                 write_csv(output / f"{run.name}.csv", training.history)
+    training.model = training.network  # DistributedDataParallel holds the processes' group
     return training
 
 

@@ -39,6 +39,8 @@ FEATURES = {
     "`state_dict`, `deepcopy`, `pickle`, meta device": r"test_modules.*(state_dict|copies|meta_device)",
     "checkpointing, hooks, parametrizations, sharing": r"test_lifetime.*(checkpointing|hooks|parametriz|two_places|skip_init)",
     "double-stage training: the authors' runs, autocast, `GradScaler`": r"test_optim|test_golden.*test_training",
+    "LEAF in the place of a model's activations": r"test_convert",
+    "the experiments: interrupted and resumed, bit for bit": r"test_paper_experiments.*(resume|more_epochs)",
     "Python threads, `fork`": r"test_lifetime.*(threads|fork)",
     "DistributedDataParallel": r"test_two_processes.*ddp",
     "FSDP2": r"test_two_processes.*fsdp",
