@@ -310,6 +310,10 @@ class _Conversion:
         """Calls of functions and Tensor methods, in forwards that torch.fx can trace."""
         leaves = (LearnableActivation, torch.jit.ScriptModule, *self.activations)
         cls = type(module)
+        if isinstance(module, fx.GraphModule):  # its copies are made from its graph, and a new forward would be lost
+            reason = "calls in its graph are not replaced; they would be in the model that it was traced from"
+            self.report.kept.append(Kept(name or "the model", "a GraphModule", reason))
+            return
         if cls.__module__.startswith("torch.") or isinstance(module, leaves) or cls.forward is nn.Module.forward:
             return
         try:
@@ -582,15 +586,18 @@ def _modes() -> tuple:
 
 @contextlib.contextmanager
 def _refusing_type_checks() -> Iterator[None]:
-    """Within, isinstance of a proxy, called outside torch, raises: a proxy is no Tensor, and the answer would be wrong."""
-    plain = isinstance
+    """Within, isinstance and hasattr of a proxy, called outside torch, raise: a proxy is no Tensor and has every attribute,
+    so the answer would be wrong."""
 
-    def refusing(value, types):
-        if plain(value, fx.Proxy) and not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
-            raise RuntimeError("it asks for the type of an input")
-        return plain(value, types)
+    def refusing(ask):
+        def asking(value, *what):
+            if type(value) is fx.Proxy and not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+                raise RuntimeError("it asks for the type of an input")
+            return ask(value, *what)
 
-    with mock.patch.object(builtins, "isinstance", refusing):
+        return asking
+
+    with mock.patch.multiple(builtins, isinstance=refusing(isinstance), hasattr=refusing(hasattr)):
         yield
 
 

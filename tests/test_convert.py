@@ -262,6 +262,10 @@ def asking_isinstance(self, x):
     return F.relu(x) if isinstance(x, torch.Tensor) else F.relu(x[0])
 
 
+def asking_hasattr(self, x):
+    return F.relu(x[0]) if hasattr(x, "tensors") else F.relu(x)
+
+
 def asking_is_tensor(self, x):
     return F.relu(x) if torch.is_tensor(x) else F.relu(x[0])
 
@@ -275,6 +279,7 @@ def asking_is_tensor(self, x):
         (checkpointed, "torch.fx: it uses activation checkpointing"),
         (asking_for_gradients, "torch.fx: it does other things without gradients"),
         (asking_isinstance, "torch.fx: it asks for the type of an input"),
+        (asking_hasattr, "torch.fx: it asks for the type of an input"),
         (asking_is_tensor, "torch.fx: it asks for the type of an input"),
         (not_constant, "torch.fx: symbolically traced variables cannot be used as inputs to control flow"),
         (assigning, "torch.fx: it assigns to its attributes"),
@@ -323,6 +328,18 @@ def test_optional_arguments(grad):
     with pytest.warns(UserWarning, match="nothing replaced"):
         (kept,) = replace_activations(Asking()).kept
     assert "torch.fx: it does other things without mask and scale" in kept.reason
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_graph_module(inside):
+    """Its modules are replaced; the calls in its graph, which a copy is made from, are not."""
+    traced = torch.fx.symbolic_trace(nn.Sequential(make_forward(lambda self, x: F.relu(self.fc1(x))), nn.SiLU()))
+    model = nn.Sequential(traced) if inside else traced
+    expected = model(X)
+    report = replace_activations(model, example_inputs=X)
+    assert [r.old for r in report.replaced] == ["SiLU()"]
+    assert [(k.old, k.name) for k in report.kept] == [("a GraphModule", "0" if inside else "the model")]
+    torch.testing.assert_close(copy.deepcopy(model)(X), expected)
 
 
 def test_forward_of_the_instance():
