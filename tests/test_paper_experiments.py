@@ -185,6 +185,25 @@ def test_seed(tmp_path, uninterrupted):
     assert a["history"] != b["history"]
 
 
+def test_batches(tmp_path, monkeypatch):
+    """Each epoch has every image once, in another order and moved in another way, and another dropout."""
+    batches, draws = [], []
+    augment = paper.augment
+
+    def recording(images, flip, generator):
+        moved = augment(images, flip, generator)
+        batches.append((images, moved))
+        draws.append(torch.get_rng_state())
+        return moved
+
+    monkeypatch.setattr(paper, "augment", recording)
+    run_program(tmp_path, "--activation", "fixed", "--batch", "301")
+    (first, first_moved), (second, second_moved) = batches
+    assert not torch.equal(first, second) and not torch.equal(first_moved.sum(0), second_moved.sum(0))
+    torch.testing.assert_close(first.sum(0), second.sum(0))
+    assert not torch.equal(*draws)
+
+
 @pytest.mark.slow
 def test_processes(tmp_path):
     """Two processes share each batch and come to what one does, but for rounding; 1,437 images leave an odd last batch."""
