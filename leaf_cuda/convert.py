@@ -591,7 +591,9 @@ def _refusing_type_checks() -> Iterator[None]:
 
     def refusing(ask):
         def asking(value, *what):
-            if type(value) is fx.Proxy and not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+            if issubclass(type(value), fx.Proxy) and not sys._getframe(1).f_globals.get("__name__", "").startswith(
+                "torch."
+            ):
                 raise RuntimeError("it asks for the type of an input")
             return ask(value, *what)
 
