@@ -34,7 +34,7 @@ test-cpp: $(VENV)/.installed
 	    -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')" > $(VENV)/cmake.log \
 	    || { cat $(VENV)/cmake.log; exit 1; }
 	$(BIN)/cmake --build $(CMAKE_BUILD)
-	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure
+	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure --parallel 2
 
 # Without a GPU it says so and stops (the script exits with 3). On a machine whose Python has all that is needed, the
 # script runs alone.

@@ -3,36 +3,42 @@
 
 #include <c10/core/ScalarType.h>
 
+#include "leaf_operations.h"
 #include "leaf_plan.h"
 
 namespace leaf_cuda {
 
-// The four parameters in the order of the plan: p[q] has `count` values, or one for all (stride[q] 1 or 0); null stands
-// for zeros.
+// The parameters, set by set, in the order of the plan: p[q] has `count` values, or one for all (stride[q] 1 or 0); null
+// stands for zeros.
 struct FlatParameters {
   c10::ScalarType dtype;
-  const void* p[4];
-  int64_t stride[4];
+  const void* p[kMaxParameters];
+  int64_t stride[kMaxParameters];
 };
 
-struct ForwardArgs {
+struct Args {
+  Operation operation;
   Plan plan;
   FlatParameters parameters;
-  c10::ScalarType dtype;  // of u and y
-  const void* u;
-  void* y;  // may be u
-};
-
-struct BackwardArgs {
-  Plan plan;
-  FlatParameters parameters;
-  c10::ScalarType dtype;  // of u, grad and du
-  const void* u;
-  const void* grad;
-  int grad_stride;  // 1, or 0 where all of grad is one element
-  void* du;         // null if not needed; may be u
-  void* dp[4];      // `count` values of dp_dtype each; null if not needed
+  c10::ScalarType dtype;  // of inputs and outputs
+  const void* in[kMaxInputs];
+  int in_stride[kMaxInputs];  // 1, or 0 where all of the input is one element; u's is 1
+  void* out[kMaxOutputs];     // null if not needed; one may be u
+  void* dp[4];                // `count` values of dp_dtype each; null if not needed
   c10::ScalarType dp_dtype;
 };
+
+// f(the operation's type)
+template <class F>
+void dispatch_operation(Operation operation, F f) {
+  switch (operation) {
+    case Operation::forward:
+      return f(Forward());
+    case Operation::backward:
+      return f(Backward());
+    case Operation::double_backward:
+      return f(DoubleBackward());
+  }
+}
 
 }  // namespace leaf_cuda

@@ -41,6 +41,15 @@ FiveTensors call_backward(const Tensor& grad, const Tensor& u, const Tensor& p1,
   return op.call(grad, u, p1, p2, p3, p4, mask);
 }
 
+SixTensors call_double_backward(const OptionalTensor& v, const OptionalTensor& v1, const OptionalTensor& v2,
+                                const OptionalTensor& v3, const OptionalTensor& v4, const Tensor& grad, const Tensor& u,
+                                const Tensor& p1, const OptionalTensor& p2, const Tensor& p3, const OptionalTensor& p4,
+                                std::array<bool, 6> mask) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow(kDoubleBackward, "").typed<decltype(call_double_backward)>();
+  return op.call(v, v1, v2, v3, v4, grad, u, p1, p2, p3, p4, mask);
+}
+
 bool requires_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
 
 // Forward-mode differentiation has a tangent on one of its tensors.
@@ -61,9 +70,8 @@ bool any_requires_grad(const Tensors&... t) {
   return at::GradMode::is_enabled() && (requires_grad(t) || ...);
 }
 
-// The operators and the derivative of leaf_backward as differentiable tensor operations, for what the kernels do not
-// know: gradients of gradients, tangents, the operators called inside torch.func. (leaf_cuda.leaf has a faster way
-// through torch.func, LeafFunction.)
+// The operators as differentiable tensor operations, for what the kernels do not know: third derivatives, tangents, the
+// operators called inside torch.func. (leaf_cuda.leaf has a faster way through torch.func, LeafFunction.)
 class Composite {
  public:
   Composite(const Tensor& u, const ParameterList& parameters)
@@ -76,7 +84,6 @@ class Composite {
     return summed(leaf_partials<TensorMath>(in_math(u_), g, in_math(parameters_)), g, mask);
   }
 
-  // The gradients of grad, u, p1, ..., p4 from those of what leaf_backward gives: v of du, vp of dp1, ..., dp4.
   SixTensors double_backward(const Tensor& grad, const OptionalTensor& v, const ParameterList& vp,
                              std::array<bool, 6> mask) const {
     const Along<Tensor> d =
@@ -96,7 +103,7 @@ class Composite {
   }
 
   Tensor in_math(const OptionalTensor& t) const {
-    if (!t || !t->defined()) return at::zeros({}, u_.options().dtype(math_));
+    if (!t) return at::zeros({}, u_.options().dtype(math_));
     return (t->dim() > u_.dim() ? t->view_symint(aligned(*t)) : *t).to(math_);
   }
   Parameters<Tensor> in_math(const ParameterList& p) const {
@@ -114,23 +121,6 @@ class Composite {
     return {mask[0] ? d.u.to(u_.scalar_type()) : Tensor(), dp[0], dp[1], dp[2], dp[3]};
   }
 };
-
-constexpr const char* kTangentNames[] = {"leaf_double_backward: v1", "leaf_double_backward: v2",
-                                         "leaf_double_backward: v3", "leaf_double_backward: v4"};
-
-SixTensors double_backward(const OptionalTensor& v, const ParameterList& vp, const Tensor& grad, const Tensor& u,
-                           const ParameterList& parameters, std::array<bool, 6> mask) {
-  check_layout(u, parameters);
-  check(u, parameters);
-  check_like("leaf_double_backward: grad", grad, "u", u);
-  if (v && v->defined()) check_like("leaf_double_backward: v", *v, "u", u);
-  for (int q = 0; q < 4; ++q) {
-    if (!vp[q] || !vp[q]->defined()) continue;
-    TORCH_CHECK_VALUE(parameters[q], kTangentNames[q], " is a tensor, but ", kNames[q], " is None");
-    check_like(kTangentNames[q], *vp[q], kNames[q], *parameters[q]);
-  }
-  return Composite(u, parameters).double_backward(grad, v, vp, mask);
-}
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -176,7 +166,8 @@ struct LeafBackwardNode : torch::autograd::Function<LeafBackwardNode> {
     const ParameterList parameters = {saved[2], optional(saved[3]), saved[4], optional(saved[5])};
     const auto [v, v1, v2, v3, v4] = spread(context->saved_data["mask"].to<std::array<bool, 5>>(), parameters, grads);
     const auto [dgrad, du, dp1, dp2, dp3, dp4] =
-        double_backward(v, {v1, v2, v3, v4}, saved[0], saved[1], parameters, needed<6>(*context, saved));
+        call_double_backward(optional(v), optional(v1), optional(v2), optional(v3), optional(v4), saved[0], saved[1],
+                             saved[2], parameters[1], saved[4], parameters[3], needed<6>(*context, saved));
     return {dgrad, du, dp1, dp2, dp3, dp4, Tensor()};
   }
 };
@@ -231,11 +222,19 @@ FiveTensors leaf_backward_autograd(const Tensor& grad, const Tensor& u, const Te
   return call_backward(grad, u, p1, p2, p3, p4, mask);
 }
 
-SixTensors leaf_double_backward(const OptionalTensor& v, const OptionalTensor& v1, const OptionalTensor& v2,
-                                const OptionalTensor& v3, const OptionalTensor& v4, const Tensor& grad, const Tensor& u,
-                                const Tensor& p1, const OptionalTensor& p2, const Tensor& p3, const OptionalTensor& p4,
-                                std::array<bool, 6> mask) {
-  return double_backward(v, {v1, v2, v3, v4}, grad, u, {p1, p2, p3, p4}, mask);
+SixTensors leaf_double_backward_autograd(const OptionalTensor& v, const OptionalTensor& v1, const OptionalTensor& v2,
+                                         const OptionalTensor& v3, const OptionalTensor& v4, const Tensor& grad,
+                                         const Tensor& u, const Tensor& p1, const OptionalTensor& p2, const Tensor& p3,
+                                         const OptionalTensor& p4, std::array<bool, 6> mask) {
+  const ParameterList parameters = {p1, p2, p3, p4};
+  check_layout(u, parameters);
+  if (any_tangent(v, v1, v2, v3, v4, grad, u, p1, p2, p3, p4) ||
+      any_requires_grad(v, v1, v2, v3, v4, grad, u, p1, p2, p3, p4)) {
+    check_double_backward(v, {v1, v2, v3, v4}, grad, u, parameters);
+    return Composite(u, parameters).double_backward(grad, v, {v1, v2, v3, v4}, mask);
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return call_double_backward(v, v1, v2, v3, v4, grad, u, p1, p2, p3, p4, mask);
 }
 
 }  // namespace
@@ -244,16 +243,7 @@ TORCH_LIBRARY_IMPL(leaf_cuda, Autograd, library) {
   if (!is_unregistered(c10::DispatchKey::Autograd)) return;
   library.impl("leaf_forward", leaf_forward_autograd);
   library.impl("leaf_backward", leaf_backward_autograd);
+  library.impl("leaf_double_backward", leaf_double_backward_autograd);
 }
-
-// Made of PyTorch's operations, under vmap too.
-#define LEAF_DECOMPOSE(key)                                               \
-  TORCH_LIBRARY_IMPL(leaf_cuda, key, library) {                           \
-    if (!is_unregistered(c10::DispatchKey::key, kDoubleBackward)) return; \
-    library.impl("leaf_double_backward", leaf_double_backward);           \
-  }
-LEAF_DECOMPOSE(CompositeImplicitAutograd)
-LEAF_DECOMPOSE(FuncTorchBatchedDecomposition)
-#undef LEAF_DECOMPOSE
 
 }  // namespace leaf_cuda

@@ -49,4 +49,18 @@ void check_like(const char* name, const Tensor& t, const char* like_name, const 
                     like_name, ", ", like.sym_sizes());
 }
 
+void check_double_backward(const OptionalTensor& v, const ParameterList& vp, const Tensor& grad, const Tensor& u,
+                           const ParameterList& parameters) {
+  constexpr const char* names[] = {"leaf_double_backward: v1", "leaf_double_backward: v2", "leaf_double_backward: v3",
+                                   "leaf_double_backward: v4"};
+  check(u, parameters);
+  check_like("leaf_double_backward: grad", grad, "u", u);
+  if (v) check_like("leaf_double_backward: v", *v, "u", u);
+  for (int q = 0; q < 4; ++q) {
+    if (!vp[q]) continue;
+    TORCH_CHECK_VALUE(parameters[q], names[q], " is a tensor, but ", kNames[q], " is None");
+    check_like(names[q], *vp[q], kNames[q], *parameters[q]);
+  }
+}
+
 }  // namespace leaf_cuda

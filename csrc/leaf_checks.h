@@ -15,4 +15,8 @@ void check_layout(const Tensor& u, const ParameterList& parameters);
 // t, called `name` ("leaf_backward: grad"), has the dtype, the device and the shape of `like`.
 void check_like(const char* name, const Tensor& t, const char* like_name, const Tensor& like);
 
+// The arguments of leaf_double_backward; vp is v1, ..., v4.
+void check_double_backward(const OptionalTensor& v, const ParameterList& vp, const Tensor& grad, const Tensor& u,
+                           const ParameterList& parameters);
+
 }  // namespace leaf_cuda

@@ -22,39 +22,38 @@ constexpr const char* kForward = "leaf_cuda::leaf_forward";
 constexpr const char* kBackward = "leaf_cuda::leaf_backward";
 constexpr const char* kDoubleBackward = "leaf_cuda::leaf_double_backward";
 
-// A backend's loops over a plan with at least one element. On u's device they may allocate a workspace.
-struct Loops {
-  void (*forward)(const ForwardArgs&, const Tensor& u);
-  void (*backward)(const BackwardArgs&, const Tensor& u);
-};
+// A backend: runs the operation over a plan with at least one element. On u's device it may allocate a workspace.
+using Run = void (*)(const Args&, const Tensor& u);
 
-// The two operators, run by a backend's loops: check, plan, allocate, run.
-Tensor leaf_forward(const Loops& loops, const Tensor& u, const Tensor& p1, const OptionalTensor& p2, const Tensor& p3,
+// The operators, run by a backend: check, plan, allocate, run.
+Tensor leaf_forward(Run run, const Tensor& u, const Tensor& p1, const OptionalTensor& p2, const Tensor& p3,
                     const OptionalTensor& p4);
-FiveTensors leaf_backward(const Loops& loops, const Tensor& grad, const Tensor& u, const Tensor& p1,
-                          const OptionalTensor& p2, const Tensor& p3, const OptionalTensor& p4,
-                          std::array<bool, 5> mask);
+FiveTensors leaf_backward(Run run, const Tensor& grad, const Tensor& u, const Tensor& p1, const OptionalTensor& p2,
+                          const Tensor& p3, const OptionalTensor& p4, std::array<bool, 5> mask);
+SixTensors leaf_double_backward(Run run, const OptionalTensor& v, const OptionalTensor& v1, const OptionalTensor& v2,
+                                const OptionalTensor& v3, const OptionalTensor& v4, const Tensor& grad, const Tensor& u,
+                                const Tensor& p1, const OptionalTensor& p2, const Tensor& p3, const OptionalTensor& p4,
+                                std::array<bool, 6> mask);
 
 void define_operators(torch::Library& library);
 
 // Whether no copy of this library has registered the operator for the key yet. One may have: _C and the C++
 // library in one process.
-bool is_unregistered(c10::DispatchKey key, const char* name = kForward);
+bool is_unregistered(c10::DispatchKey key);
 
-template <const Loops& loops>
-Tensor leaf_forward_by(const Tensor& u, const Tensor& p1, const OptionalTensor& p2, const Tensor& p3,
-                       const OptionalTensor& p4) {
-  return leaf_forward(loops, u, p1, p2, p3, p4);
-}
-template <const Loops& loops>
-FiveTensors leaf_backward_by(const Tensor& grad, const Tensor& u, const Tensor& p1, const OptionalTensor& p2,
-                             const Tensor& p3, const OptionalTensor& p4, std::array<bool, 5> mask) {
-  return leaf_backward(loops, grad, u, p1, p2, p3, p4, mask);
-}
-template <const Loops& loops>
+// f with its first argument, a Run, bound to `run`: what the dispatcher takes.
+template <auto f, Run run, class F = decltype(f)>
+struct By;
+template <auto f, Run run, class Result, class... Arguments>
+struct By<f, run, Result (*)(Run, Arguments...)> {
+  static Result call(Arguments... arguments) { return f(run, arguments...); }
+};
+
+template <Run run>
 void implement_operators(torch::Library& library) {
-  library.impl("leaf_forward", leaf_forward_by<loops>);
-  library.impl("leaf_backward", leaf_backward_by<loops>);
+  library.impl("leaf_forward", By<leaf_forward, run>::call);
+  library.impl("leaf_backward", By<leaf_backward, run>::call);
+  library.impl("leaf_double_backward", By<leaf_double_backward, run>::call);
 }
 
 }  // namespace leaf_cuda

@@ -36,6 +36,18 @@ def forward_rule(leaf_forward):
     return rule
 
 
+def _unaligned(gradients, parameters, in_dims, size):
+    """A gradient for each part of a batch: of `_aligned`'s shape → (batch, *the parameter's own)."""
+    return [
+        d if d is None else d.reshape(_batch_first(p, dim, size).shape)
+        for d, p, dim in zip(gradients, parameters, in_dims)
+    ]
+
+
+def _with_dims(results):
+    return results, tuple(None if t is None else 0 for t in results)
+
+
 def backward_rule(leaf_backward):
     """The vmap rule of `leaf_backward`, and by it. Every part of a batch has its own gradient of each parameter."""
 
@@ -45,14 +57,30 @@ def backward_rule(leaf_backward):
         u = _batch_first(u, in_dims[1], size)
         aligned = [_aligned(p, dim, size, u.dim() - 1, own) for p, dim, own in zip(parameters, dims, mask[1:])]
         du, *dp = leaf_backward(_batch_first(grad, in_dims[0], size), u, *aligned, mask)
-        for q, (p, dim) in enumerate(zip(parameters, dims)):
-            if dp[q] is not None:
-                dp[q] = dp[q].reshape(_batch_first(p, dim, size).shape)
-        results = (du, *dp)
-        return results, tuple(None if t is None else 0 for t in results)
+        return _with_dims((du, *_unaligned(dp, parameters, dims, size)))
+
+    return rule
+
+
+def double_backward_rule(leaf_double_backward):
+    """The vmap rule of `leaf_double_backward`, and by it: as :func:`backward_rule`."""
+
+    def rule(info, in_dims, v, *rest):
+        directions, (grad, u), parameters, mask = rest[:4], rest[4:6], rest[6:10], rest[10]
+        dims, size = in_dims[7:11], info.batch_size
+        if v is not None:
+            v = _batch_first(v, in_dims[0], size)
+        grad, u = _batch_first(grad, in_dims[5], size), _batch_first(u, in_dims[6], size)
+
+        def own(tensors, dims):
+            return [_aligned(t, dim, size, u.dim() - 1, own=True) for t, dim in zip(tensors, dims)]
+
+        results = leaf_double_backward(v, *own(directions, in_dims[1:5]), grad, u, *own(parameters, dims), mask)
+        return _with_dims((*results[:2], *_unaligned(results[2:], parameters, dims, size)))
 
     return rule
 
 
 torch.library.register_vmap("leaf_cuda::leaf_forward", forward_rule(_ops.leaf_forward))
 torch.library.register_vmap("leaf_cuda::leaf_backward", backward_rule(_ops.leaf_backward))
+torch.library.register_vmap("leaf_cuda::leaf_double_backward", double_backward_rule(_ops.leaf_double_backward))

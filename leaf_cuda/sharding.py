@@ -53,3 +53,14 @@ def _register_once() -> None:
             )
             for of_u, of_p, of_dp in shardings(u, parameters)
         ]
+
+    @register_sharding(_ops.leaf_double_backward)
+    def double_backward(v, *rest):
+        directions, (_, u), parameters, mask = rest[:4], rest[4:6], rest[6:10], rest[10]
+        return [
+            (
+                [placement if wanted else None for placement, wanted in zip([of_u, of_u, *of_dp[:3], None], mask)],
+                [v and of_u, *(d and place for d, place in zip(directions, of_p)), of_u, of_u, *of_p, None],
+            )
+            for of_u, of_p, of_dp in shardings(u, parameters)
+        ]

@@ -147,6 +147,29 @@ def dtensor(rank, mesh):
         leaf_cuda.ahaf(sharded, one, 2)
 
 
+def dtensor_double_backward(rank, mesh):
+    """A gradient penalty of sharded tensors, by the kernel on each shard."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    generator = torch.Generator().manual_seed(2)
+    u = torch.randn(4, 6, 2, generator=generator)
+    parameters = [torch.randn(s, generator=generator) for s in ((6, 1), (1,), (), (6, 2))]
+
+    def run(placement=None):
+        def put(t, p):
+            return (t.clone() if placement is None else distribute_tensor(t, mesh, [p])).requires_grad_()
+
+        leaves = [put(u, placement), *(put(p, Replicate()) for p in parameters)]
+        first = torch.autograd.grad(leaf_cuda.leaf(*leaves).sin().sum(), leaves, create_graph=True)
+        sum(d.square().sum() for d in first).backward()
+        return [t.grad for t in leaves]
+
+    expected = run()
+    for placement in (Shard(0), Shard(1), Replicate()):
+        for r, e in zip(run(placement), expected):
+            torch.testing.assert_close(r.full_tensor(), e)
+
+
 def compiled_dtensor(rank, mesh):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -217,6 +240,7 @@ CHECKS = [
     fsdp_of_low_precision_weights,
     fsdp_of_low_precision_weights_in_one_group,
     dtensor,
+    dtensor_double_backward,
     compiled_dtensor,
 ]
 

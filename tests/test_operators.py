@@ -14,6 +14,7 @@ import leaf_cuda
 from leaf_cuda import _ops, functional
 
 FORWARD, BACKWARD = torch.ops.leaf_cuda.leaf_forward, torch.ops.leaf_cuda.leaf_backward
+DOUBLE_BACKWARD = torch.ops.leaf_cuda.leaf_double_backward
 
 
 def required(tensors, needed):
@@ -34,6 +35,9 @@ def test_opcheck(dtype, parameter_dtype, granularity, needed):
     mask = [True, *(p is not None for p in parameters)]
     torch.library.opcheck(FORWARD, required([u, *parameters], [needed] * 5))
     torch.library.opcheck(BACKWARD, (*required([g, u, *parameters], [needed] * 6), mask))
+    v, directions, _ = draw(shape, shapes, dtype=dtype, parameter_dtype=parameter_dtype)
+    arguments = required([v, *directions, g, u, *parameters], [needed] * 11)
+    torch.library.opcheck(DOUBLE_BACKWARD, (*arguments, [True] * 6))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -42,6 +46,7 @@ def test_opcheck_of_layouts(layout):
     u = LAYOUTS[layout](u)
     torch.library.opcheck(FORWARD, (u, *parameters))
     torch.library.opcheck(BACKWARD, (g, u, *parameters, [True] * 5))
+    torch.library.opcheck(DOUBLE_BACKWARD, (g, *parameters, g, u, *parameters, [True] * 6))
 
 
 @pytest.mark.parametrize(

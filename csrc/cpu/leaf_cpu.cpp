@@ -2,7 +2,6 @@
 //
 // The division depends on the plan alone and partial sums are added in its order, so the gradients are bitwise the same
 // for any number of threads.
-#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
@@ -31,7 +30,7 @@ constexpr int64_t kBeyondCaches = int64_t{32} << 20;
 constexpr int64_t kMinRowsPerChunk = 128;
 constexpr int64_t kTasks = 128;
 
-const InnerLoops& loops_for(at::ScalarType dtype) {
+const InnerLoopsByOperation& loops_for(at::ScalarType dtype) {
   static const InnerLoopsByType& table = [&]() -> const InnerLoopsByType& {
     switch (cpu_capability()) {
 #if defined(__x86_64__)
@@ -71,30 +70,33 @@ void dispatch_value_type(at::ScalarType dtype, F f) {
   }
 }
 
-// f(q, p, stride) for each parameter, p of its own type; p points to a zero where there is none.
-template <class F>
+// f(q, p, stride) for each of an operation's `sets` of parameters, p of its own type; p points to a zero where there is
+// none.
+template <int sets, class F>
 void for_each_parameter(const FlatParameters& parameters, F f) {
   dispatch_value_type(parameters.dtype, [&](auto zero) {
     using P = decltype(zero);
-    for (int q = 0; q < 4; ++q)
+    for (int q = 0; q < 4 * sets; ++q)
       f(q, parameters.p[q] ? static_cast<const P*>(parameters.p[q]) : &zero, parameters.stride[q]);
   });
 }
 
+template <int sets>
 void segment_parameters(const FlatParameters& parameters, int64_t index, double* out) {
-  for_each_parameter(parameters,
-                     [&](int q, const auto* p, int64_t stride) { out[q] = static_cast<double>(p[index * stride]); });
+  for_each_parameter<sets>(parameters, [&](int q, const auto* p, int64_t stride) {
+    out[q] = static_cast<double>(p[index * stride]);
+  });
 }
 
 // The parameters of the columns first ... first + columns of a block, on to the next multiple of kColumnMultiple, in
 // the arithmetic type T: where they lie, or in a buffer.
-template <class T>
+template <class T, int sets>
 class ColumnParameters {
  public:
   ColumnParameters(const FlatParameters& parameters, const Plan& plan, int64_t fold, int64_t first, int64_t columns) {
     const int64_t padded = (columns + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple;
     const bool in_place = plan.inner == 1 && fold == 1 && first + padded <= plan.count;
-    for_each_parameter(parameters, [&](int q, const auto* p, int64_t stride) {
+    for_each_parameter<sets>(parameters, [&](int q, const auto* p, int64_t stride) {
       p_[q] = buffer_[q];
       if constexpr (std::is_same_v<decltype(p), const T*>)
         if (in_place && stride == 1) {
@@ -119,15 +121,20 @@ class ColumnParameters {
       for (; k < n && within < plan.inner; ++within) out[k++] = static_cast<T>(p[index]);
   }
 
-  const void* p_[4];
-  T buffer_[4][kColumnBlock];
+  const void* p_[4 * sets];
+  T buffer_[4 * sets][kColumnBlock];
 };
 
-const char* at_element(const void* base, int64_t i, at::ScalarType dtype) {
-  return static_cast<const char*>(base) + i * static_cast<int64_t>(c10::elementSize(dtype));
-}
-char* at_element(void* base, int64_t i, at::ScalarType dtype) {
-  return static_cast<char*>(base) + i * static_cast<int64_t>(c10::elementSize(dtype));
+// The operands at element i.
+Operands operands_at(const Args& a, int64_t i) {
+  const int64_t bytes = i * static_cast<int64_t>(c10::elementSize(a.dtype));
+  Operands at{};
+  for (int k = 0; k < kMaxInputs; ++k) {
+    at.in[k] = static_cast<const char*>(a.in[k]) + bytes * a.in_stride[k];
+    at.in_stride[k] = a.in_stride[k];
+  }
+  for (int k = 0; k < kMaxOutputs; ++k) at.out[k] = a.out[k] ? static_cast<char*>(a.out[k]) + bytes : nullptr;
+  return at;
 }
 
 // u in memory order, cut into chunks of equal length and where the parameters change.
@@ -205,38 +212,9 @@ bool beyond_caches(const Plan& plan, at::ScalarType dtype) {
   return plan.numel() * static_cast<int64_t>(c10::elementSize(dtype)) > kBeyondCaches;
 }
 
-bool by_segments(const Plan& plan) { return plan.inner >= kMinSegment; }
-
-void run_forward(const ForwardArgs& a, const Tensor&) {
-  const InnerLoops& loops = loops_for(a.dtype);
-  const bool stream = beyond_caches(a.plan, a.dtype);
-  if (by_segments(a.plan)) {
-    const Segments segments(a.plan);
-    parallel_tasks(segments.tasks(), a.plan.numel(), [&](int64_t task) {
-      segments.for_each(task, [&](int64_t, int64_t row, int64_t i, int64_t n) {
-        double p[4];
-        segment_parameters(a.parameters, row % a.plan.count, p);
-        loops.forward_segment(at_element(a.u, i, a.dtype), at_element(a.y, i, a.dtype), n, p, stream);
-      });
-    });
-    return;
-  }
-  dispatch_value_type(at::toOpMathType(a.dtype), [&](auto zero) {
-    using T = decltype(zero);
-    const ColumnBlocks blocks(a.plan);
-    parallel_tasks(blocks.tasks(), a.plan.numel(), [&](int64_t task) {
-      blocks.for_task(task, [&](int64_t, int64_t c0, int64_t n, int64_t i, int64_t rows) {
-        const ColumnParameters<T> p(a.parameters, a.plan, blocks.columns.fold, c0, n);
-        loops.forward_columns(at_element(a.u, i, a.dtype), at_element(a.y, i, a.dtype), rows, blocks.columns.width, n,
-                              p, stream);
-      });
-    });
-  });
-}
-
 // dp[q][first + k] = sums[q·stride + k], k < n
 template <class T>
-void write_gradients(const BackwardArgs& a, int64_t first, int64_t n, const T* sums, int64_t stride) {
+void write_gradients(const Args& a, int64_t first, int64_t n, const T* sums, int64_t stride) {
   dispatch_value_type(a.dp_dtype, [&](auto zero) {
     using P = decltype(zero);
     for (int q = 0; q < 4; ++q)
@@ -251,7 +229,7 @@ constexpr int64_t kFinished = 256;
 // Writes the gradients of all parameters: add(first, n, sums) adds the partial sums of n of them, in the plan's order,
 // to sums[q·kFinished + k].
 template <class F>
-void finish(const BackwardArgs& a, F add) {
+void finish(const Args& a, F add) {
   for (int64_t first = 0; first < a.plan.count; first += kFinished) {
     const int64_t n = std::min(kFinished, a.plan.count - first);
     double sums[4 * kFinished] = {};
@@ -265,20 +243,21 @@ Tensor make_workspace(at::IntArrayRef sizes, const Tensor& like) {
   return at::empty(sizes, like.options().dtype(c10::CppTypeToScalarType<T>::value));
 }
 
-template <class T>
-void backward_segments(const BackwardArgs& a, const InnerLoops& loops, const Tensor& like) {
+template <class Op, class T>
+void run_segments(const Args& a, const InnerLoops& loops, const Tensor& like) {
   const Segments segments(a.plan);
-  const Tensor workspace = make_workspace<T>({segments.segments(), 4}, like);
-  T* const partial = workspace.mutable_data_ptr<T>();
+  const bool stream = beyond_caches(a.plan, a.dtype);
+  const Tensor workspace = Op::sums ? make_workspace<T>({segments.segments(), 4}, like) : Tensor();
+  T* const partial = Op::sums ? workspace.mutable_data_ptr<T>() : nullptr;
   parallel_tasks(segments.tasks(), a.plan.numel(), [&](int64_t task) {
     segments.for_each(task, [&](int64_t segment, int64_t row, int64_t i, int64_t n) {
-      double p[4], sums[4] = {};
-      segment_parameters(a.parameters, row % a.plan.count, p);
-      loops.backward_segment(at_element(a.u, i, a.dtype), at_element(a.grad, i * a.grad_stride, a.dtype), a.grad_stride,
-                             a.du ? at_element(a.du, i, a.dtype) : nullptr, n, p, sums);
-      std::copy_n(sums, 4, partial + segment * 4);
+      double p[4 * Op::sets], sums[4] = {};
+      segment_parameters<Op::sets>(a.parameters, row % a.plan.count, p);
+      loops.segment(operands_at(a, i), n, p, stream, sums);
+      if (Op::sums) std::copy_n(sums, 4, partial + segment * 4);
     });
   });
+  if (!Op::sums) return;
   finish(a, [&](int64_t first, int64_t n, double* sums) {
     for (int64_t o = 0; o < a.plan.outer; ++o)
       for (int64_t k = 0; k < n; ++k)
@@ -288,22 +267,23 @@ void backward_segments(const BackwardArgs& a, const InnerLoops& loops, const Ten
   });
 }
 
-template <class T>
-void backward_columns(const BackwardArgs& a, const InnerLoops& loops, const Tensor& like) {
+template <class Op, class T>
+void run_columns(const Args& a, const InnerLoops& loops, const Tensor& like) {
   const ColumnBlocks blocks(a.plan);
+  const bool stream = beyond_caches(a.plan, a.dtype);
   const int64_t count = a.plan.count, inner = a.plan.inner, fold = blocks.columns.fold, slots = fold * count;
   // Sums over a chunk's rows and the `inner` columns of a parameter: [chunk][q][fold][count]. Where a task has whole
   // sums, it writes the gradients.
-  const bool direct = blocks.chunks == 1 && fold == 1;
-  const Tensor workspace = make_workspace<T>({direct ? 0 : blocks.chunks, 4, slots}, like);
-  T* const partial = workspace.mutable_data_ptr<T>();
+  const bool direct = !Op::sums || (blocks.chunks == 1 && fold == 1);
+  const Tensor workspace = direct ? Tensor() : make_workspace<T>({blocks.chunks, 4, slots}, like);
+  T* const partial = direct ? nullptr : workspace.mutable_data_ptr<T>();
   if (blocks.columns.tail && !direct) std::fill_n(partial + (blocks.chunks - 1) * 4 * slots, 4 * slots, T(0));
   parallel_tasks(blocks.tasks(), a.plan.numel(), [&](int64_t task) {
     blocks.for_task(task, [&](int64_t chunk, int64_t c0, int64_t n, int64_t i, int64_t rows) {
-      const ColumnParameters<T> p(a.parameters, a.plan, fold, c0, n);
-      T sums[4 * kSumStride];
-      loops.backward_columns(at_element(a.u, i, a.dtype), at_element(a.grad, i * a.grad_stride, a.dtype), a.grad_stride,
-                             a.du ? at_element(a.du, i, a.dtype) : nullptr, rows, blocks.columns.width, n, p, sums);
+      const ColumnParameters<T, Op::sets> p(a.parameters, a.plan, fold, c0, n);
+      T sums[Op::sums ? 4 * kSumStride : 1];
+      loops.columns(operands_at(a, i), rows, blocks.columns.width, n, p, stream, sums);
+      if (!Op::sums) return;
       const int64_t first = c0 / inner, complete = (n + inner - 1) / inner;
       if (inner > 1)
         for (int q = 0; q < 4; ++q)
@@ -328,21 +308,22 @@ void backward_columns(const BackwardArgs& a, const InnerLoops& loops, const Tens
   });
 }
 
-void run_backward(const BackwardArgs& a, const Tensor& like) {
-  const InnerLoops& loops = loops_for(a.dtype);
-  dispatch_value_type(at::toOpMathType(a.dtype), [&](auto zero) {
-    using T = decltype(zero);
-    const auto run = by_segments(a.plan) ? backward_segments<T> : backward_columns<T>;
-    run(a, loops, like);
+void run(const Args& a, const Tensor& like) {
+  const InnerLoops& loops = loops_for(a.dtype)[a.operation];
+  dispatch_operation(a.operation, [&](auto operation) {
+    using Op = decltype(operation);
+    const bool by_segments = a.plan.inner >= kMinSegment;
+    if (a.dtype == at::kDouble)
+      (by_segments ? run_segments<Op, double> : run_columns<Op, double>)(a, loops, like);
+    else
+      (by_segments ? run_segments<Op, float> : run_columns<Op, float>)(a, loops, like);
   });
 }
-
-constexpr Loops kLoops = {run_forward, run_backward};
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(leaf_cuda, CPU, library) {
-  if (is_unregistered(c10::DispatchKey::CPU)) implement_operators<kLoops>(library);
+  if (is_unregistered(c10::DispatchKey::CPU)) implement_operators<run>(library);
 }
 
 }  // namespace leaf_cuda::cpu

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../leaf_operations.h"
+
 namespace leaf_cuda::cpu {
 
 // A block of columns is narrow enough that its parameters and sums stay in the nearest caches.
@@ -13,26 +15,45 @@ constexpr int64_t kSumStride = kColumnBlock + 80;
 // Columns come in multiples of the widest vector, so that only a matrix's last row can end inside one.
 constexpr int64_t kColumnMultiple = 16;
 
-// Storage is void: double, float, bfloat16 or half. Arithmetic: double for double, else float.
-struct InnerLoops {
-  // A segment is a run of n elements that share the parameters p[0..3]. y may be stored past the caches.
-  void (*forward_segment)(const void* u, void* y, int64_t n, const double* p, bool stream_y);
-  // Writes du, unless null, and adds the segment's parameter gradients to sums[0..3].
-  // grad_stride is 1, or 0 where all of g is one element.
-  void (*backward_segment)(const void* u, const void* grad, int grad_stride, void* du, int64_t n, const double* p,
-                           double* sums);
+// An operation's inputs and outputs (leaf_operations.h), at the first element. in_stride is 1, or 0 where all of the
+// input is one element; an output is null if not needed. Storage is void: double, float, bfloat16 or half. Arithmetic:
+// double for double, else float.
+struct Operands {
+  const void* in[kMaxInputs];
+  int in_stride[kMaxInputs];
+  void* out[kMaxOutputs];
+};
 
-  // A block of columns: rows × columns elements, `stride` elements from row to row. Column c has the parameters
-  // p[0..3][c], in the arithmetic type, readable up to the next multiple of kColumnMultiple.
-  void (*forward_columns)(const void* u, void* y, int64_t rows, int64_t stride, int64_t columns, const void* const* p,
-                          bool stream_y);
-  // Writes column c's parameter gradients to sums[q·kSumStride + c], in the arithmetic type.
-  void (*backward_columns)(const void* u, const void* grad, int grad_stride, void* du, int64_t rows, int64_t stride,
-                           int64_t columns, const void* const* p, void* sums);
+// Operations without sums may store their outputs past the caches, with `stream`; the others ignore it.
+struct InnerLoops {
+  // A segment is a run of n elements that share the parameters p[0], p[1], ... Adds the segment's parameter gradients to
+  // sums[0..3].
+  void (*segment)(const Operands&, int64_t n, const double* p, bool stream, double* sums);
+
+  // A block of columns: rows × columns elements, `stride` elements from row to row. Column c has the parameters p[q][c],
+  // in the arithmetic type, readable up to the next multiple of kColumnMultiple. Writes column c's parameter gradients
+  // to sums[q·kSumStride + c], in the arithmetic type.
+  void (*columns)(const Operands&, int64_t rows, int64_t stride, int64_t columns, const void* const* p, bool stream,
+                  void* sums);
+};
+
+struct InnerLoopsByOperation {
+  InnerLoops forward, backward, double_backward;
+
+  const InnerLoops& operator[](Operation operation) const {
+    switch (operation) {
+      case Operation::forward:
+        return forward;
+      case Operation::backward:
+        return backward;
+      default:
+        return double_backward;
+    }
+  }
 };
 
 struct InnerLoopsByType {
-  InnerLoops float64, float32, bfloat16, float16;
+  InnerLoopsByOperation float64, float32, bfloat16, float16;
 };
 
 extern const InnerLoopsByType kLoopsBaseline;

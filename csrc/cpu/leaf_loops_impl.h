@@ -2,15 +2,14 @@
 // leaf_loops_*.cpp. See simd.h for what may stand here.
 #pragma once
 
+#include <type_traits>
+
 #include "leaf_loops.h"
 #include "simd.h"
 
 namespace {
 
-using leaf_cuda::leaf;
-using leaf_cuda::leaf_partials;
 using leaf_cuda::Parameters;
-using leaf_cuda::Partials;
 using leaf_cuda::cpu::kColumnMultiple;
 using leaf_cuda::cpu::kSumStride;
 
@@ -43,108 +42,125 @@ inline void store_n(S* p, V v, int64_t n) {
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 inline void prefetch_to_write(void* p) { __builtin_prefetch(p, 1, 2); }
 
-// Where y goes: through the caches or, if asked and if every vector of it is aligned, past them.
-template <class S>
-struct Destination {
-  bool streamed;
+// leaf_loops.h's Operands for an operation and a storage type. `Repeated` has bit k set where in[k] is one element: the
+// pointer is then to a vector of copies of it. With `Streamed` outputs are stored past the caches: each vector of them
+// must be aligned.
+template <class Op_, class S_, unsigned Repeated, bool Streamed>
+struct Operands {
+  using Op = Op_;
+  using S = S_;
+  using T = Arithmetic<S>;
+  using M = Simd<T>;
+  using V = typename M::V;
 
-  Destination(bool stream_y, const S* y, int64_t stride)
-      : streamed(stream_y && reinterpret_cast<uintptr_t>(y) % kBytes == 0 && stride * sizeof(S) % kBytes == 0) {}
-  template <class V>
-  void store(S* p, V v) const {
-    if (streamed)
-      stream(p, v);
+  const S* in[Op::inputs];
+  S* out[Op::outputs];
+
+  static constexpr bool is_repeated(int k) { return Repeated >> k & 1; }
+  // A missing output is one of an operation with sums, for those alone.
+  bool wants(int k) const { return !Op::sums || out[k]; }
+
+  V load(int k, int64_t i) const { return ::load(is_repeated(k) ? in[k] : in[k] + i); }
+  V load_n(int k, int64_t i, int64_t n) const { return is_repeated(k) ? ::load(in[k]) : ::load_n(in[k] + i, n); }
+  void store(int k, int64_t i, V v) const {
+    if (!wants(k)) return;
+    if (Streamed)
+      stream(out[k] + i, v);
     else
-      ::store(p, v);
+      ::store(out[k] + i, v);
   }
-  void prefetch(S* p) const {
-    if (!streamed) prefetch_to_write(p);
-  }
-  void end() const {
-    if (streamed) end_of_stream();
+  void store_n(int k, int64_t i, V v, int64_t n) const {
+    if (wants(k)) ::store_n(out[k] + i, v, n);
   }
 
- private:
-  static constexpr size_t kBytes = Simd<Arithmetic<S>>::lanes * sizeof(S);
+  // Element i's line of each operand.
+  void prefetch(int64_t i) const {
+#pragma GCC unroll 8
+    for (int k = 0; k < Op::inputs; ++k)
+      if (!is_repeated(k)) ::prefetch(in[k] + i);
+    if (Streamed) return;
+#pragma GCC unroll 8
+    for (int k = 0; k < Op::outputs; ++k)
+      if (wants(k)) prefetch_to_write(out[k] + i);
+  }
 };
 
 // A float sum runs over this many vectors (or rows) at most before it is added to a double: eager PyTorch's sums of a
 // few hundred numbers are as exact.
 constexpr int64_t kFlush = 16;
 
-template <class S>
-void forward_segment(const void* u_, void* y_, int64_t n, const double* p_, bool stream_y) {
-  using M = Simd<Arithmetic<S>>;
-  const S* u = static_cast<const S*>(u_);
-  S* y = static_cast<S*>(y_);
-  const Parameters<typename M::V> p = {M::broadcast(p_[0]), M::broadcast(p_[1]), M::broadcast(p_[2]),
-                                       M::broadcast(p_[3])};
-  const Destination<S> destination(stream_y, y, 0);
-  int64_t i = 0;
-  for (; i + M::lanes <= n; i += M::lanes) destination.store(y + i, leaf<M>(load(u + i), p));
-  if (i < n) store_n(y + i, leaf<M>(load_n(u + i, n - i), p), n - i);
-  destination.end();
+inline void add_lanes(double* to, Simd<double>::V v) { store(to, load(to) + v); }
+inline void add_lanes(double* to, Simd<float>::V v) {
+  typedef float Half __attribute__((vector_size(LEAF_VECTOR_BYTES / 2)));
+  Half halves[2];
+  memcpy(halves, &v, sizeof(v));
+  for (int h = 0; h < 2; ++h)
+    add_lanes(to + h * Simd<double>::lanes, __builtin_convertvector(halves[h], Simd<double>::V));
 }
 
-template <class S, int GradStride>
-void backward_segment(const S* u, const S* grad, S* du, int64_t n, const double* p_, double* sums) {
-  using T = Arithmetic<S>;
-  using M = Simd<T>;
-  using V = typename M::V;
-  const Parameters<V> p = {M::broadcast(p_[0]), M::broadcast(p_[1]), M::broadcast(p_[2]), M::broadcast(p_[3])};
-  S repeated[M::lanes];
-  if (GradStride == 0)
-    for (S& x : repeated) x = *grad;
+template <class O>
+void segment(O a, int64_t n, const double* p_, double* sums) {
+  using Op = typename O::Op;
+  using M = typename O::M;
+  using V = typename O::V;
+  Parameters<V> p[Op::sets];
+#pragma GCC unroll 8
+  for (int set = 0; set < Op::sets; ++set)
+    p[set] = {M::broadcast(p_[4 * set]), M::broadcast(p_[4 * set + 1]), M::broadcast(p_[4 * set + 2]),
+              M::broadcast(p_[4 * set + 3])};
+  V in[Op::inputs], out[Op::outputs];
   double lanes[4][M::lanes] = {};
   int64_t i = 0;
   while (i + M::lanes <= n) {
-    V a[4] = {};
+    V sum[4] = {};
     const int64_t left = (n - i) / M::lanes;
-    const int64_t end = i + (left < kFlush ? left : kFlush) * M::lanes;
+    const int64_t end = i + (Op::sums && left > kFlush ? kFlush : left) * M::lanes;
     for (; i < end; i += M::lanes) {
-      const V g = load(GradStride ? grad + i : repeated);
-      const Partials<V> d = leaf_partials<M>(load(u + i), g, p);
-      if (du) store(du + i, d.u);
-      a[0] += d.p1;
-      a[1] += d.p2;
-      a[2] += d.p3;
-      a[3] += g;
+#pragma GCC unroll 8
+      for (int k = 0; k < Op::inputs; ++k) in[k] = a.load(k, i);
+      Op::template apply<M>(in, p, out, sum);
+#pragma GCC unroll 8
+      for (int k = 0; k < Op::outputs; ++k) a.store(k, i, out[k]);
     }
-    for (int q = 0; q < 4; ++q)
-      for (int k = 0; k < M::lanes; ++k) lanes[q][k] += a[q][k];
+    if (Op::sums)
+      for (int q = 0; q < 4; ++q) add_lanes(lanes[q], sum[q]);
   }
   if (i < n) {
-    const V g = GradStride ? load_n(grad + i, n - i) : load(repeated);
-    const Partials<V> d = leaf_partials<M>(load_n(u + i, n - i), g, p);
-    if (du) store_n(du + i, d.u, n - i);
-    for (int k = 0; k < n - i; ++k) {
-      lanes[0][k] += d.p1[k];
-      lanes[1][k] += d.p2[k];
-      lanes[2][k] += d.p3[k];
-      lanes[3][k] += g[k];
-    }
+    V sum[4] = {};
+#pragma GCC unroll 8
+    for (int k = 0; k < Op::inputs; ++k) in[k] = a.load_n(k, i, n - i);
+    Op::template apply<M>(in, p, out, sum);
+#pragma GCC unroll 8
+    for (int k = 0; k < Op::outputs; ++k) a.store_n(k, i, out[k], n - i);
+    if (Op::sums)
+      for (int q = 0; q < 4; ++q)
+        for (int k = 0; k < n - i; ++k) lanes[q][k] += sum[q][k];
   }
-  for (int q = 0; q < 4; ++q)
-    for (int k = 0; k < M::lanes; ++k) sums[q] += lanes[q][k];
+  if (Op::sums)
+    for (int q = 0; q < 4; ++q)
+      for (int k = 0; k < M::lanes; ++k) sums[q] += lanes[q][k];
 }
 
-template <class S>
-void backward_segment(const void* u, const void* grad, int grad_stride, void* du, int64_t n, const double* p,
-                      double* sums) {
-  const auto run = grad_stride ? backward_segment<S, 1> : backward_segment<S, 0>;
-  run(static_cast<const S*>(u), static_cast<const S*>(grad), static_cast<S*>(du), n, p, sums);
-}
-
-template <class T>
+template <class T, int Sets>
 struct ColumnParameters {
-  const T* p[4];
+  const T* p[4 * Sets];
 
   explicit ColumnParameters(const void* const* from) {
-    for (int q = 0; q < 4; ++q) p[q] = static_cast<const T*>(from[q]);
+    for (int q = 0; q < 4 * Sets; ++q) p[q] = static_cast<const T*>(from[q]);
   }
-  Parameters<typename Simd<T>::V> at(int64_t c) const {
-    return {load(p[0] + c), load(p[1] + c), load(p[2] + c), load(p[3] + c)};
+  void load_at(int64_t c, Parameters<typename Simd<T>::V>* to) const {
+#pragma GCC unroll 8
+    for (int set = 0; set < Sets; ++set)
+      to[set] = {load(p[4 * set] + c), load(p[4 * set + 1] + c), load(p[4 * set + 2] + c), load(p[4 * set + 3] + c)};
   }
+};
+
+// A block of columns, as leaf_loops.h has it.
+template <class O>
+struct Block {
+  O operands;
+  int64_t rows, stride, columns;
+  ColumnParameters<typename O::T, O::Op::sets> parameters;
 };
 
 // Rows are taken `kTile` at a time, so that a column's parameters and sums pass through registers once for all of them.
@@ -152,155 +168,155 @@ struct ColumnParameters {
 // kTile short ones, each in pages of its own.
 constexpr int kTile = 4;
 
-template <int n>
-struct Tile {
-  static constexpr int rows = n;
-};
-
-// f(tile of kTile rows or of 1, its first row, elements to the next tile's) for the rows first ... end of a block of
-// `rows`.
-template <class F>
-inline void for_each_tile(int64_t first, int64_t end, int64_t rows, int64_t stride, F f) {
-  int64_t r = first;
-  for (; r + kTile <= end; r += kTile) f(Tile<kTile>(), r, r + 2 * kTile <= rows ? kTile * stride : 0);
-  for (; r < end; ++r) f(Tile<1>(), r, 0);
-}
-
-template <class S, int Rows>
-void forward_tile(const S* u, S* y, int64_t stride, int64_t ahead, int64_t columns,
-                  const ColumnParameters<Arithmetic<S>>& p, Destination<S> destination) {
-  using M = Simd<Arithmetic<S>>;
-  int64_t c = 0;
-  for (; c + M::lanes <= columns; c += M::lanes) {
-    const auto pc = p.at(c);
-    typename M::V x[Rows];
-    for (int r = 0; r < Rows; ++r) x[r] = load(u + r * stride + c);
-    for (int r = 0; r < Rows; ++r) {
-      prefetch(u + r * stride + c + ahead);
-      destination.prefetch(y + r * stride + c + ahead);
-    }
-    for (int r = 0; r < Rows; ++r) destination.store(y + r * stride + c, leaf<M>(x[r], pc));
-  }
-  if (c < columns)
-    for (int r = 0; r < Rows; ++r) {
-      const int64_t i = r * stride + c, n = columns - c;
-      store_n(y + i, leaf<M>(load_n(u + i, n), p.at(c)), n);
-    }
-}
-
-template <class S>
-void forward_columns(const void* u_, void* y_, int64_t rows, int64_t stride, int64_t columns, const void* const* p_,
-                     bool stream_y) {
-  const ColumnParameters<Arithmetic<S>> p(p_);
-  const S* u = static_cast<const S*>(u_);
-  S* y = static_cast<S*>(y_);
-  const Destination<S> destination(stream_y, y, stride);
-  for_each_tile(0, rows, rows, stride, [&](auto tile, int64_t r, int64_t ahead) {
-    forward_tile<S, decltype(tile)::rows>(u + r * stride, y + r * stride, stride, ahead, columns, p, destination);
-  });
-  destination.end();
-}
-
-template <class S, int GradStride>
-struct BackwardBlock {
-  const S* u;
-  const S* grad;  // with GradStride 0 a vector of one value
-  S* du;
-  int64_t rows, stride, columns;
-  ColumnParameters<Arithmetic<S>> p;
-};
-
-// One vector of columns, or its first n if Partial, in each of a tile's rows; `first` is the tile's first element.
-template <class S, int GradStride, int Rows, bool Partial>
-inline void backward_vector(BackwardBlock<S, GradStride> b, int64_t first, int64_t ahead, int64_t c, int64_t n,
-                            Arithmetic<S>* a) {
-  using M = Simd<Arithmetic<S>>;
-  using V = typename M::V;
-  const Parameters<V> p = b.p.at(c);
-  V sum[4];
-  for (int q = 0; q < 4; ++q) sum[q] = load(a + q * kSumStride + c);
+// One vector of columns, or its first n if Partial, in each of a tile's rows; `first` is the tile's first element,
+// `ahead` elements from the next tile's. Adds to a[q·kSumStride + c].
+template <int Rows, bool Partial, class O>
+LEAF_FUNCTION void tile_vector(const Block<O>& b, int64_t first, int64_t ahead, int64_t c, int64_t n,
+                               typename O::T* a) {
+  using Op = typename O::Op;
+  using V = typename O::V;
+  const auto& operands = b.operands;
+  Parameters<V> p[Op::sets];
+  b.parameters.load_at(c, p);
+  V in[Rows][Op::inputs], out[Op::outputs], sum[4];
+  const auto element = [&](int r) { return first + r * b.stride + c; };
+  const auto load_row = [&](int r) {
+#pragma GCC unroll 8
+    for (int k = 0; k < Op::inputs; ++k)
+      in[r][k] = Partial ? operands.load_n(k, element(r), n) : operands.load(k, element(r));
+  };
+  // Without sums there are registers for all rows' inputs, and none waits for an output's store.
+  if (!Op::sums)
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) load_row(r);
+  if (!Op::sums && !Partial)
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) operands.prefetch(element(r) + ahead);
+  if (Op::sums)
+    for (int q = 0; q < 4; ++q) sum[q] = load(a + q * kSumStride + c);
+#pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
-    const int64_t i = first + r * b.stride + c;
-    const V u = Partial ? load_n(b.u + i, n) : load(b.u + i);
-    const V g = GradStride == 0 ? load(b.grad) : Partial ? load_n(b.grad + i, n) : load(b.grad + i);
-    prefetch(b.u + i + ahead);
-    if (GradStride) prefetch(b.grad + i + ahead);
-    const Partials<V> d = leaf_partials<M>(u, g, p);
-    if (b.du) {
-      prefetch_to_write(b.du + i + ahead);
+    if (Op::sums) load_row(r);
+    if (Op::sums && !Partial) operands.prefetch(element(r) + ahead);
+    Op::template apply<typename O::M>(in[r], p, out, sum);
+#pragma GCC unroll 8
+    for (int k = 0; k < Op::outputs; ++k)
       if (Partial)
-        store_n(b.du + i, d.u, n);
+        operands.store_n(k, element(r), out[k], n);
       else
-        store(b.du + i, d.u);
-    }
-    sum[0] += d.p1;
-    sum[1] += d.p2;
-    sum[2] += d.p3;
-    sum[3] += g;
+        operands.store(k, element(r), out[k]);
   }
-  for (int q = 0; q < 4; ++q) store(a + q * kSumStride + c, sum[q]);
+  if (Op::sums)
+    for (int q = 0; q < 4; ++q) store(a + q * kSumStride + c, sum[q]);
 }
 
-// Rows first ... end; adds to a[q·kSumStride + c].
-template <class S, int GradStride>
-__attribute__((noinline)) void backward_rows(BackwardBlock<S, GradStride> b, int64_t first, int64_t end,
-                                             Arithmetic<S>* a) {
-  constexpr int lanes = Simd<Arithmetic<S>>::lanes;
-  for_each_tile(first, end, b.rows, b.stride, [&](auto tile, int64_t r, int64_t ahead) {
-    constexpr int rows = decltype(tile)::rows;
-    int64_t c = 0;
-    for (; c + lanes <= b.columns; c += lanes)
-      backward_vector<S, GradStride, rows, false>(b, r * b.stride, ahead, c, lanes, a);
-    if (c < b.columns) backward_vector<S, GradStride, rows, true>(b, r * b.stride, 0, c, b.columns - c, a);
-  });
+template <int Rows, class O>
+LEAF_FUNCTION void tile(const Block<O>& b, int64_t first, int64_t ahead, typename O::T* a) {
+  constexpr int lanes = O::M::lanes;
+  int64_t c = 0;
+  for (; c + lanes <= b.columns; c += lanes) tile_vector<Rows, false>(b, first, ahead, c, lanes, a);
+  if (c < b.columns) tile_vector<Rows, true>(b, first, 0, c, b.columns - c, a);
 }
 
-template <class S, int GradStride>
-void backward_columns(const BackwardBlock<S, GradStride>& b, Arithmetic<S>* sums) {
-  const int64_t rows = b.rows, columns = b.columns;
+// Rows first ... end of the block; adds to a[q·kSumStride + c]. (Each operation its own function: in one that also
+// holds the doubles' sums, GCC 12 runs out of registers. By value, so that no store may change it.)
+template <class O>
+__attribute__((noinline)) void rows(Block<O> b, int64_t first, int64_t end, typename O::T* a) {
+  int64_t r = first;
+  for (; r + kTile <= end; r += kTile) tile<kTile>(b, r * b.stride, r + 2 * kTile <= b.rows ? kTile * b.stride : 0, a);
+  for (; r < end; ++r) tile<1>(b, r * b.stride, 0, a);
+}
+
+template <class O>
+void columns(const Block<O>& b, typename O::T* sums) {
+  if (!O::Op::sums) return rows(b, 0, b.rows, sums);
+  const int64_t columns = b.columns;
   const auto clear = [&](auto* a) {
     for (int q = 0; q < 4; ++q)
       memset(a + q * kSumStride, 0, (columns + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple * sizeof(*a));
   };
   clear(sums);
-  if (rows <= kFlush) return backward_rows(b, 0, rows, sums);
+  if (b.rows <= kFlush) return rows(b, 0, b.rows, sums);
   double total[4 * kSumStride];
   clear(total);
-  for (int64_t r = 0; r < rows; r += kFlush) {
+  for (int64_t r = 0; r < b.rows; r += kFlush) {
     clear(sums);
-    backward_rows(b, r, rows - r < kFlush ? rows : r + kFlush, sums);
+    rows(b, r, b.rows - r < kFlush ? b.rows : r + kFlush, sums);
     for (int q = 0; q < 4; ++q)
       for (int64_t c = 0; c < columns; ++c) total[q * kSumStride + c] += sums[q * kSumStride + c];
   }
   for (int q = 0; q < 4; ++q)
     for (int64_t c = 0; c < columns; ++c)
-      sums[q * kSumStride + c] = static_cast<Arithmetic<S>>(total[q * kSumStride + c]);
+      sums[q * kSumStride + c] = static_cast<typename O::T>(total[q * kSumStride + c]);
 }
 
-template <class S>
-void backward_columns(const void* u_, const void* grad_, int grad_stride, void* du_, int64_t rows, int64_t stride,
-                      int64_t columns, const void* const* p_, void* sums_) {
-  const S* u = static_cast<const S*>(u_);
-  const S* grad = static_cast<const S*>(grad_);
-  S* du = static_cast<S*>(du_);
-  const ColumnParameters<Arithmetic<S>> p(p_);
-  Arithmetic<S>* sums = static_cast<Arithmetic<S>*>(sums_);
-  if (grad_stride) {
-    backward_columns(BackwardBlock<S, 1>{u, grad, du, rows, stride, columns, p}, sums);
-  } else {
-    S repeated[Simd<Arithmetic<S>>::lanes];
-    for (S& x : repeated) x = *grad;
-    backward_columns(BackwardBlock<S, 0>{u, repeated, du, rows, stride, columns, p}, sums);
+template <class Op, class S>
+struct Typed {
+  using Given = leaf_cuda::cpu::Operands;
+  static constexpr int lanes = Simd<Arithmetic<S>>::lanes;
+
+  template <unsigned Repeated, bool Streamed, class F>
+  static void call(const Given& given, F f) {
+    Operands<Op, S, Repeated, Streamed> a;
+    S repeated[Op::inputs][lanes];
+    for (int k = 0; k < Op::inputs; ++k) {
+      a.in[k] = static_cast<const S*>(given.in[k]);
+      if (!a.is_repeated(k)) continue;
+      for (S& x : repeated[k]) x = *a.in[k];
+      a.in[k] = repeated[k];
+    }
+    for (int k = 0; k < Op::outputs; ++k) a.out[k] = static_cast<S*>(given.out[k]);
+    f(a);
+    if (Streamed) end_of_stream();
   }
+
+  // f(Operands) of the type that fits; `stride` elements lie from row to row. in[0], u, is never repeated.
+  template <unsigned Repeated = 0, class F>
+  static void dispatch(const Given& given, int64_t stride, bool stream, F f) {
+    constexpr unsigned last = (1u << Op::inputs) - 2;
+    unsigned mask = 0;
+    for (int k = 1; k < Op::inputs; ++k) mask |= unsigned{given.in_stride[k] == 0} << k;
+    if constexpr (Repeated < last)
+      if (mask != Repeated) return dispatch<Repeated + 2>(given, stride, stream, f);
+    if constexpr (!Op::sums)
+      if (stream && are_aligned(given, stride)) return call<Repeated, true>(given, f);
+    call<Repeated, false>(given, f);
+  }
+
+  static bool are_aligned(const Given& given, int64_t stride) {
+    bool aligned = stride % lanes == 0;
+    for (int k = 0; k < Op::outputs; ++k)
+      aligned = aligned && reinterpret_cast<uintptr_t>(given.out[k]) % (lanes * sizeof(S)) == 0;
+    return aligned;
+  }
+
+  static void run_segment(const Given& given, int64_t n, const double* p, bool stream, double* sums) {
+    dispatch(given, 0, stream, [&](const auto& a) { segment(a, n, p, sums); });
+  }
+
+  static void run_columns(const Given& given, int64_t rows, int64_t stride, int64_t n, const void* const* p,
+                          bool stream, void* sums) {
+    dispatch(given, stride, stream, [&](const auto& a) {
+      using O = std::remove_cvref_t<decltype(a)>;
+      columns(Block<O>{a, rows, stride, n, ColumnParameters<typename O::T, Op::sets>(p)},
+              static_cast<typename O::T*>(sums));
+    });
+  }
+};
+
+template <class Op, class S>
+constexpr leaf_cuda::cpu::InnerLoops loops() {
+  return {Typed<Op, S>::run_segment, Typed<Op, S>::run_columns};
 }
 
 template <class S>
-constexpr leaf_cuda::cpu::InnerLoops loops() {
-  return {forward_segment<S>, backward_segment<S>, forward_columns<S>, backward_columns<S>};
+constexpr leaf_cuda::cpu::InnerLoopsByOperation loops_by_operation() {
+  return {loops<leaf_cuda::Forward, S>(), loops<leaf_cuda::Backward, S>(), loops<leaf_cuda::DoubleBackward, S>()};
 }
 
 }  // namespace
 
 namespace leaf_cuda::cpu {
-extern const InnerLoopsByType LEAF_LOOPS_TABLE = {loops<double>(), loops<float>(), loops<BFloat16>(), loops<Half>()};
+extern const InnerLoopsByType LEAF_LOOPS_TABLE = {loops_by_operation<double>(), loops_by_operation<float>(),
+                                                  loops_by_operation<BFloat16>(), loops_by_operation<Half>()};
 }

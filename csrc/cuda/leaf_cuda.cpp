@@ -18,25 +18,18 @@ int64_t multiprocessors_of_current_device() {
   return count;
 }
 
-void run_forward(const ForwardArgs& args, const Tensor& u) {
-  const c10::cuda::CUDAGuard guard(u.device());
-  forward_on(c10::cuda::getCurrentCUDAStream(), multiprocessors_of_current_device(), args);
-}
-
-void run_backward(const BackwardArgs& args, const Tensor& u) {
+void run(const Args& args, const Tensor& u) {
   const c10::cuda::CUDAGuard guard(u.device());
   const int64_t multiprocessors = multiprocessors_of_current_device();
-  const int64_t bytes = backward_workspace_bytes(multiprocessors, args);
+  const int64_t bytes = workspace_bytes(multiprocessors, args);
   const Tensor workspace = bytes ? at::empty({bytes}, u.options().dtype(at::kByte)) : Tensor();
-  backward_on(c10::cuda::getCurrentCUDAStream(), multiprocessors, args, bytes ? workspace.mutable_data_ptr() : nullptr);
+  run_on(c10::cuda::getCurrentCUDAStream(), multiprocessors, args, bytes ? workspace.mutable_data_ptr() : nullptr);
 }
-
-constexpr Loops kLoops = {run_forward, run_backward};
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(leaf_cuda, CUDA, library) {
-  if (is_unregistered(c10::DispatchKey::CUDA)) implement_operators<kLoops>(library);
+  if (is_unregistered(c10::DispatchKey::CUDA)) implement_operators<run>(library);
 }
 
 }  // namespace leaf_cuda::cuda

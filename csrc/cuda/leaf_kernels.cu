@@ -18,16 +18,12 @@ struct OnStream {
 
 }  // namespace
 
-void forward_on(cudaStream_t stream, int64_t multiprocessors, const ForwardArgs& args) {
-  launch_forward(args, multiprocessors, OnStream{stream});
+int64_t workspace_bytes(int64_t multiprocessors, const Args& args) {
+  return plan_launch(args, multiprocessors).workspace_bytes;
 }
 
-int64_t backward_workspace_bytes(int64_t multiprocessors, const BackwardArgs& args) {
-  return plan_backward(args, multiprocessors).workspace_bytes;
-}
-
-void backward_on(cudaStream_t stream, int64_t multiprocessors, const BackwardArgs& args, void* workspace) {
-  launch_backward(args, plan_backward(args, multiprocessors), workspace, OnStream{stream});
+void run_on(cudaStream_t stream, int64_t multiprocessors, const Args& args, void* workspace) {
+  launch(args, plan_launch(args, multiprocessors), workspace, OnStream{stream});
 }
 
 }  // namespace leaf_cuda::cuda

@@ -1,4 +1,5 @@
-// The CUDA kernels: forward and backward over rows and over columns (launch_plan.h), and the sum of partial sums.
+// The CUDA kernels: an operation (leaf_operations.h) over rows and over columns (launch_plan.h), and the sum of partial
+// sums.
 //
 // Plain CUDA without ATen; the tests also compile it for the host (tests/emulation).
 #pragma once
@@ -125,39 +126,74 @@ __device__ __forceinline__ void store_as(void* p, c10::ScalarType type, int64_t 
   }
 }
 
-template <class A>
-__device__ __forceinline__ Parameters<A> load_parameters(const FlatParameters& f, int64_t k) {
+// An operation's sets of parameters at index k.
+template <class A, int sets>
+__device__ __forceinline__ void load_parameters(const FlatParameters& f, int64_t k, Parameters<A>* p) {
   const auto value = [&](int q) { return f.p[q] ? load_as<A>(f.p[q], f.dtype, k * f.stride[q]) : A(0); };
-  return {value(0), value(1), value(2), value(3)};
+#pragma unroll
+  for (int set = 0; set < sets; ++set)
+    p[set] = {value(4 * set), value(4 * set + 1), value(4 * set + 2), value(4 * set + 3)};
 }
 
-// ---- one element ----------------------------------------------------------------------------------------------------
+// ---- operands -------------------------------------------------------------------------------------------------------
 
-template <class S>
-__device__ __forceinline__ S forward_element(S u, const Parameters<Arithmetic<S>>& p) {
-  return static_cast<S>(leaf<Math<S>>(static_cast<Arithmetic<S>>(u), p));
-}
+// An operation's inputs and outputs.
+template <class Op, class S>
+struct Operands {
+  const S* in[Op::inputs];
+  int stride[Op::inputs];  // 1, or 0 where all of the input is one element; u's is 1
+  S* out[Op::outputs];     // or null
 
-// Adds the element's parameter gradients to sum[0..3]; returns du.
-template <class S>
-__device__ __forceinline__ S backward_element(S u, S g, const Parameters<Arithmetic<S>>& p, Arithmetic<S>* sum) {
-  using A = Arithmetic<S>;
-  const A grad = static_cast<A>(g);
-  const Partials<A> d = leaf_partials<Math<S>>(static_cast<A>(u), grad, p);
-  sum[0] += d.p1;
-  sum[1] += d.p2;
-  sum[2] += d.p3;
-  sum[3] += grad;
-  return static_cast<S>(d.u);
-}
+  template <int N>
+  struct Loaded {
+    Vector<S, N> in[Op::inputs];
+  };
 
-template <class S>
-struct BackwardPointers {
-  const S* u;
-  const S* grad;
-  S* du;  // or null
-  int64_t grad_stride;
+  // N consecutive elements of each input, or N times the one there is.
+  template <int N>
+  __device__ __forceinline__ void load(int64_t i, Loaded<N>& to) const {
+#pragma unroll
+    for (int k = 0; k < Op::inputs; ++k) {
+      if (k == 0 || stride[k]) {
+        to.in[k] = load_vector<S, N>(in[k] + i);
+      } else {
+#pragma unroll
+        for (int e = 0; e < N; ++e) to.in[k].at[e] = *in[k];
+      }
+    }
+  }
+
+  // Runs the operation on what was loaded from i on, in its place, and stores the outputs. With PerElement each of the N elements has
+  // its own parameters p[e·sets] and sums sum[e·4], else they share p and sum.
+  template <bool PerElement, int N>
+  __device__ __forceinline__ void run(int64_t i, Loaded<N>& loaded, const Parameters<Arithmetic<S>>* p,
+                                      Arithmetic<S>* sum) const {
+    static_assert(Op::outputs <= Op::inputs);
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      Arithmetic<S> x[Op::inputs], y[Op::outputs];
+#pragma unroll
+      for (int k = 0; k < Op::inputs; ++k) x[k] = static_cast<Arithmetic<S>>(loaded.in[k].at[e]);
+      Op::template apply<Math<S>>(x, p + PerElement * e * Op::sets, y, sum + PerElement * e * 4);
+#pragma unroll
+      for (int k = 0; k < Op::outputs; ++k) loaded.in[k].at[e] = static_cast<S>(y[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < Op::outputs; ++k)
+      if (!Op::sums || out[k]) store_vector(out[k] + i, loaded.in[k]);
+  }
+
+  // One element, loaded and run.
+  __device__ __forceinline__ void run_one(int64_t i, const Parameters<Arithmetic<S>>* p, Arithmetic<S>* sum) const {
+    Loaded<1> loaded;
+    load(i, loaded);
+    run<false>(i, loaded, p, sum);
+  }
 };
+
+// Blocks that a multiprocessor is to hold at once, which bounds the registers.
+template <class Op>
+constexpr int kMinBlocks = Op::sums ? 2 : 3;
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
@@ -196,37 +232,6 @@ struct RowCursor {
   }
 };
 
-template <class S, int N, int Unroll>
-__global__ void __launch_bounds__(kMaxThreads) forward_rows(RowsLaunch r, FlatParameters parameters, const S* u, S* y) {
-  for (int64_t item = blockIdx.x; item < r.count * r.splits; item += gridDim.x) {
-    const int64_t k = item % r.count, split = item / r.count;
-    const Parameters<Arithmetic<S>> p = load_parameters<Arithmetic<S>>(parameters, k);
-    RowCursor<N> cursor(r, k, split * r.threads + threadIdx.x);
-    while (cursor.in_range()) {
-      typename RowCursor<N>::Slot slots[Unroll];
-      Vector<S, N> v[Unroll];
-#pragma unroll
-      for (int j = 0; j < Unroll; ++j) {
-        slots[j] = cursor.slot();
-        if (slots[j].is_whole()) v[j] = load_vector<S, N>(u + slots[j].first);
-        cursor.advance();
-      }
-#pragma unroll
-      for (int j = 0; j < Unroll; ++j) {
-        if (slots[j].is_whole()) {
-#pragma unroll
-          for (int e = 0; e < N; ++e) v[j].at[e] = forward_element(v[j].at[e], p);
-          store_vector(y + slots[j].first, v[j]);
-        } else {
-#pragma unroll 1
-          for (int64_t i = slots[j].first + slots[j].lo; i < slots[j].first + slots[j].hi; ++i)
-            y[i] = forward_element(u[i], p);
-        }
-      }
-    }
-  }
-}
-
 // The block's sum of each thread's sum[0..3], in thread 0...3: thread q has that of sum[q]. All threads must call it.
 template <class A>
 __device__ __forceinline__ A block_sum(const A* sum) {
@@ -264,44 +269,37 @@ struct SumTarget {
   }
 };
 
-template <class S, int N, int Unroll>
-__global__ void __launch_bounds__(kMaxThreads, 2)
-    backward_rows(RowsLaunch r, FlatParameters parameters, BackwardPointers<S> a, SumTarget<Arithmetic<S>> target) {
+template <class Op, class S, int N, int Unroll>
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op>)
+    rows(RowsLaunch r, FlatParameters parameters, Operands<Op, S> a, SumTarget<Arithmetic<S>> target) {
   using A = Arithmetic<S>;
   for (int64_t item = blockIdx.x; item < r.count * r.splits; item += gridDim.x) {
     const int64_t k = item % r.count, split = item / r.count;
-    const Parameters<A> p = load_parameters<A>(parameters, k);
+    Parameters<A> p[Op::sets];
+    load_parameters<A, Op::sets>(parameters, k, p);
     A sum[4] = {};
     RowCursor<N> cursor(r, k, split * r.threads + threadIdx.x);
     while (cursor.in_range()) {
       typename RowCursor<N>::Slot slots[Unroll];
-      Vector<S, N> u[Unroll], g[Unroll];
+      typename Operands<Op, S>::template Loaded<N> loaded[Unroll];
 #pragma unroll
       for (int j = 0; j < Unroll; ++j) {
         slots[j] = cursor.slot();
-        if (slots[j].is_whole()) {
-          u[j] = load_vector<S, N>(a.u + slots[j].first);
-          if (a.grad_stride) g[j] = load_vector<S, N>(a.grad + slots[j].first);
-        }
+        if (slots[j].is_whole()) a.load(slots[j].first, loaded[j]);
         cursor.advance();
       }
 #pragma unroll
       for (int j = 0; j < Unroll; ++j) {
         if (slots[j].is_whole()) {
-#pragma unroll
-          for (int e = 0; e < N; ++e)
-            u[j].at[e] = backward_element(u[j].at[e], a.grad_stride ? g[j].at[e] : *a.grad, p, sum);
-          if (a.du) store_vector(a.du + slots[j].first, u[j]);
+          a.template run<false>(slots[j].first, loaded[j], p, sum);
         } else {
 #pragma unroll 1
-          for (int64_t i = slots[j].first + slots[j].lo; i < slots[j].first + slots[j].hi; ++i) {
-            const S du = backward_element(a.u[i], a.grad[i * a.grad_stride], p, sum);
-            if (a.du) a.du[i] = du;
-          }
+          for (int64_t i = slots[j].first + slots[j].lo; i < slots[j].first + slots[j].hi; ++i)
+            a.run_one(i, p, sum);
         }
       }
     }
-    if (!target.wanted) continue;
+    if (!Op::sums || !target.wanted) continue;
     const A total = block_sum(sum);
 #pragma unroll
     for (int q = 0; q < 4; ++q)
@@ -331,13 +329,13 @@ struct ColumnThread {
   }
 };
 
-template <class A, int N>
+template <class A, int N, int sets>
 __device__ __forceinline__ void load_column_parameters(const ColumnsLaunch& c, const FlatParameters& f, int64_t column,
                                                        Parameters<A>* p) {
   int64_t k = column / c.inner % c.count, within = column % c.inner;
 #pragma unroll
   for (int e = 0; e < N; ++e) {
-    p[e] = load_parameters<A>(f, k);
+    load_parameters<A, sets>(f, k, p + e * sets);
     if (++within == c.inner) {
       within = 0;
       if (++k == c.count) k = 0;
@@ -345,78 +343,40 @@ __device__ __forceinline__ void load_column_parameters(const ColumnsLaunch& c, c
   }
 }
 
-template <class S, int N, int Unroll>
-__global__ void __launch_bounds__(kMaxThreads)
-    forward_columns(ColumnsLaunch c, FlatParameters parameters, const S* u, S* y) {
-  const ColumnThread<N> t(c);
-  if (!t.active) return;
-  Parameters<Arithmetic<S>> p[N];
-  load_column_parameters<Arithmetic<S>, N>(c, parameters, t.column, p);
-  for (int64_t row = t.first_row; row < t.whole_rows; row += Unroll * t.step) {
-    Vector<S, N> v[Unroll];
-#pragma unroll
-    for (int j = 0; j < Unroll; ++j)
-      if (row + j * t.step < t.whole_rows)
-        v[j] = load_vector<S, N>(u + (row + j * t.step) * c.columns.width + t.column);
-#pragma unroll
-    for (int j = 0; j < Unroll; ++j) {
-      if (row + j * t.step >= t.whole_rows) break;
-#pragma unroll
-      for (int e = 0; e < N; ++e) v[j].at[e] = forward_element(v[j].at[e], p[e]);
-      store_vector(y + (row + j * t.step) * c.columns.width + t.column, v[j]);
-    }
-  }
-  const int64_t tail = c.columns.rows * c.columns.width + t.column;
-#pragma unroll
-  for (int e = 0; e < N; ++e)
-    if (e < t.rest) y[tail + e] = forward_element(u[tail + e], p[e]);
-}
-
-template <class S, int N, int Unroll>
-__global__ void __launch_bounds__(kMaxThreads, 2)
-    backward_columns(ColumnsLaunch c, FlatParameters parameters, BackwardPointers<S> a,
-                     SumTarget<Arithmetic<S>> target) {
+template <class Op, class S, int N, int Unroll>
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op>)
+    columns(ColumnsLaunch c, FlatParameters parameters, Operands<Op, S> a, SumTarget<Arithmetic<S>> target) {
   using A = Arithmetic<S>;
   const ColumnThread<N> t(c);
-  A sum[N][4] = {};
+  A sum[N * 4] = {};
   if (t.active) {
-    Parameters<A> p[N];
-    load_column_parameters<A, N>(c, parameters, t.column, p);
+    Parameters<A> p[N * Op::sets];
+    load_column_parameters<A, N, Op::sets>(c, parameters, t.column, p);
     for (int64_t row = t.first_row; row < t.whole_rows; row += Unroll * t.step) {
-      Vector<S, N> u[Unroll], g[Unroll];
+      typename Operands<Op, S>::template Loaded<N> loaded[Unroll];
 #pragma unroll
       for (int j = 0; j < Unroll; ++j)
-        if (row + j * t.step < t.whole_rows) {
-          const int64_t i = (row + j * t.step) * c.columns.width + t.column;
-          u[j] = load_vector<S, N>(a.u + i);
-          if (a.grad_stride) g[j] = load_vector<S, N>(a.grad + i);
-        }
+        if (row + j * t.step < t.whole_rows) a.load((row + j * t.step) * c.columns.width + t.column, loaded[j]);
 #pragma unroll
       for (int j = 0; j < Unroll; ++j) {
         if (row + j * t.step >= t.whole_rows) break;
-#pragma unroll
-        for (int e = 0; e < N; ++e)
-          u[j].at[e] = backward_element(u[j].at[e], a.grad_stride ? g[j].at[e] : *a.grad, p[e], sum[e]);
-        if (a.du) store_vector(a.du + (row + j * t.step) * c.columns.width + t.column, u[j]);
+        a.template run<true>((row + j * t.step) * c.columns.width + t.column, loaded[j], p, sum);
       }
     }
     const int64_t tail = c.columns.rows * c.columns.width + t.column;
 #pragma unroll
     for (int e = 0; e < N; ++e)
-      if (e < t.rest) {
-        const S du = backward_element(a.u[tail + e], a.grad[(tail + e) * a.grad_stride], p[e], sum[e]);
-        if (a.du) a.du[tail + e] = du;
-      }
+      if (e < t.rest) a.run_one(tail + e, p + e * Op::sets, sum + e * 4);
   }
 
-  if (!target.wanted) return;
-  const int columns = c.tx * N;
+  if (!Op::sums || !target.wanted) return;
+  const int width = c.tx * N;
   if (c.ty == 1 && c.inner == 1) {
     if (!t.active) return;
 #pragma unroll
     for (int q = 0; q < 4; ++q)
 #pragma unroll
-      for (int e = 0; e < N; ++e) target.store(q, blockIdx.y, t.column + e, sum[e][q]);
+      for (int e = 0; e < N; ++e) target.store(q, blockIdx.y, t.column + e, sum[e * 4 + q]);
     return;
   }
   A* const shared = reinterpret_cast<A*>(leaf_smem);  // [ty][q][column]
@@ -424,10 +384,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 #pragma unroll
     for (int q = 0; q < 4; ++q)
 #pragma unroll
-      for (int e = 0; e < N; ++e) shared[(t.ty * 4 + q) * columns + t.tx * N + e] = sum[e][q];
+      for (int e = 0; e < N; ++e) shared[(t.ty * 4 + q) * width + t.tx * N + e] = sum[e * 4 + q];
   }
   __syncthreads();
-  const int inner = static_cast<int>(c.inner), slots = columns / inner;
+  const int inner = static_cast<int>(c.inner), slots = width / inner;
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
     for (int s = threadIdx.x; s < slots; s += blockDim.x) {
@@ -435,7 +395,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
       if (slot >= c.slots) break;
       A total = 0;
       for (int ty = 0; ty < c.ty; ++ty)
-        for (int i = 0; i < inner; ++i) total += shared[(ty * 4 + q) * columns + s * inner + i];
+        for (int i = 0; i < inner; ++i) total += shared[(ty * 4 + q) * width + s * inner + i];
       target.store(q, blockIdx.y, slot, total);
     }
   }

@@ -7,9 +7,7 @@
 
 namespace leaf_cuda::cuda {
 
-void forward_on(cudaStream_t stream, int64_t multiprocessors, const ForwardArgs& args);
-
-int64_t backward_workspace_bytes(int64_t multiprocessors, const BackwardArgs& args);
-void backward_on(cudaStream_t stream, int64_t multiprocessors, const BackwardArgs& args, void* workspace);
+int64_t workspace_bytes(int64_t multiprocessors, const Args& args);
+void run_on(cudaStream_t stream, int64_t multiprocessors, const Args& args, void* workspace);
 
 }  // namespace leaf_cuda::cuda

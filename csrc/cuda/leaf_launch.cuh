@@ -6,9 +6,9 @@
 
 namespace leaf_cuda::cuda {
 
-// Vectors that a thread has under way at once.
-constexpr int kForwardUnroll = 4;
-constexpr int kBackwardUnroll = 2;
+// Vectors of each input that a thread has under way at once: about as many in all, whatever the operation.
+template <class Op>
+constexpr int kUnroll = 4 / Op::inputs;
 
 template <class F>
 void dispatch_storage(c10::ScalarType dtype, F f) {
@@ -28,104 +28,103 @@ void dispatch_storage(c10::ScalarType dtype, F f) {
 template <class S>
 constexpr int kVector = 16 / sizeof(S);
 
+// Whether a thread of the columns' kernel has registers for a vector's parameters and sums. With two sets of parameters it
+// takes single elements, which a warp reads in whole lines all the same.
+template <class Op>
+constexpr bool kColumnVectors = Op::sets == 1;
+
 inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-template <class S, int N, class Launcher>
-void forward_by(const ForwardArgs& a, int64_t multiprocessors, const Launcher& launch) {
-  const S* u = static_cast<const S*>(a.u);
-  S* y = static_cast<S*>(a.y);
-  if (by_rows(a.plan, sizeof(S))) {
-    const RowsLaunch r = plan_rows(a.plan, N, kForwardUnroll, multiprocessors);
-    launch(forward_rows<S, N, kForwardUnroll>, dim3(r.grid), r.threads, 0, r, a.parameters, u, y);
-  } else {
-    const ColumnsLaunch c = plan_columns(a.plan, N, kForwardUnroll, multiprocessors, sizeof(S), sizeof(Arithmetic<S>));
-    launch(forward_columns<S, N, kForwardUnroll>, dim3(c.tiles, c.splits), c.threads, 0, c, a.parameters, u, y);
-  }
-}
-
-template <class Launcher>
-void launch_forward(const ForwardArgs& a, int64_t multiprocessors, const Launcher& launch) {
-  dispatch_storage(a.dtype, [&](auto zero) {
-    using S = decltype(zero);
-    const bool vector = is_aligned(a.u) && is_aligned(a.y);
-    const auto run = vector ? forward_by<S, kVector<S>, Launcher> : forward_by<S, 1, Launcher>;
-    run(a, multiprocessors, launch);
-  });
-}
-
-// One of the two ways of backward, planned: what it needs before it is launched.
-struct BackwardPlan {
-  bool vector, rows;
-  RowsLaunch by_rows;
-  ColumnsLaunch by_columns;
+// A pass, planned: what it needs before it is launched.
+struct LaunchPlan {
+  bool vector, by_rows;
+  RowsLaunch rows;
+  ColumnsLaunch columns;
   bool sums_wanted;
   PartialSums sums;
   FinishLaunch finish;
   int64_t workspace_bytes;
 };
 
-template <class S>
-BackwardPlan plan_backward(const BackwardArgs& a, int64_t multiprocessors) {
+template <class Op, class S>
+LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
   constexpr int64_t sum_bytes = sizeof(Arithmetic<S>);
-  BackwardPlan b{};
-  b.vector = is_aligned(a.u) && is_aligned(a.du) && (a.grad_stride == 0 || is_aligned(a.grad));
-  b.rows = by_rows(a.plan, sizeof(S));
-  if (b.rows) {
-    b.by_rows = plan_rows(a.plan, b.vector ? kVector<S> : 1, kBackwardUnroll, multiprocessors);
-    b.sums = partial_sums(b.by_rows.splits, 1, a.plan.count);
+  LaunchPlan b{};
+  b.vector = true;
+  for (int k = 0; k < Op::inputs; ++k) b.vector = b.vector && (a.in_stride[k] == 0 || is_aligned(a.in[k]));
+  for (int k = 0; k < Op::outputs; ++k) b.vector = b.vector && is_aligned(a.out[k]);
+  b.by_rows = by_rows(a.plan, sizeof(S));
+  if (b.by_rows) {
+    b.rows = plan_rows(a.plan, b.vector ? kVector<S> : 1, kUnroll<Op>, multiprocessors);
+    b.sums = partial_sums(b.rows.splits, 1, a.plan.count);
   } else {
     const auto plan = [&](int vector) {
-      return plan_columns(a.plan, vector, kBackwardUnroll, multiprocessors, sizeof(S), sum_bytes);
+      return plan_columns(a.plan, vector, kUnroll<Op>, multiprocessors, sizeof(S), sum_bytes);
     };
-    if (b.vector) b.by_columns = plan(kVector<S>);
-    if (!b.vector || !columns_fit(b.by_columns, a.plan, sizeof(S), sum_bytes)) {
+    b.vector = b.vector && kColumnVectors<Op>;
+    if (b.vector) b.columns = plan(kVector<S>);
+    if (!b.vector || (Op::sums && !columns_fit(b.columns, a.plan, sizeof(S), sum_bytes))) {
       b.vector = false;
-      b.by_columns = plan(1);
+      b.columns = plan(1);
     }
-    b.sums = partial_sums(b.by_columns.splits, b.by_columns.columns.fold, a.plan.count);
+    b.sums = partial_sums(b.columns.splits, b.columns.columns.fold, a.plan.count);
   }
   b.finish = plan_finish(b.sums, multiprocessors);
-  b.sums_wanted = a.dp[0] || a.dp[1] || a.dp[2] || a.dp[3];
+  b.sums_wanted = Op::sums && (a.dp[0] || a.dp[1] || a.dp[2] || a.dp[3]);
   b.workspace_bytes = b.sums_wanted ? b.sums.values * sum_bytes : 0;
   return b;
 }
 
-inline BackwardPlan plan_backward(const BackwardArgs& a, int64_t multiprocessors) {
-  BackwardPlan b;
-  dispatch_storage(a.dtype, [&](auto zero) { b = plan_backward<decltype(zero)>(a, multiprocessors); });
-  return b;
+template <class Op, class S, int N, class Launcher>
+void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Arithmetic<S>>& target, const Launcher& launch) {
+  using A = Arithmetic<S>;
+  Operands<Op, S> operands;
+  for (int k = 0; k < Op::inputs; ++k) {
+    operands.in[k] = static_cast<const S*>(a.in[k]);
+    operands.stride[k] = a.in_stride[k];
+  }
+  for (int k = 0; k < Op::outputs; ++k) operands.out[k] = static_cast<S*>(a.out[k]);
+  if (b.by_rows) {
+    const RowsLaunch& r = b.rows;
+    launch(rows<Op, S, N, kUnroll<Op>>, dim3(r.grid), r.threads, Op::sums ? 4 * (r.threads / kWarp) * sizeof(A) : 0, r,
+           a.parameters, operands, target);
+  } else if constexpr (N == 1 || kColumnVectors<Op>) {
+    const ColumnsLaunch& c = b.columns;
+    const bool alone = !Op::sums || (c.ty == 1 && c.inner == 1);
+    launch(columns<Op, S, N, kUnroll<Op>>, dim3(c.tiles, c.splits), c.threads,
+           alone ? 0 : sizeof(A) * 4 * c.ty * c.tx * N, c, a.parameters, operands, target);
+  }
 }
 
-template <class S, int N, class Launcher>
-void backward_by(const BackwardArgs& a, const BackwardPlan& b, const SumTarget<Arithmetic<S>>& target,
-                 const Launcher& launch) {
-  using A = Arithmetic<S>;
-  const BackwardPointers<S> pointers = {static_cast<const S*>(a.u), static_cast<const S*>(a.grad),
-                                        static_cast<S*>(a.du), a.grad_stride};
-  if (b.rows) {
-    const RowsLaunch& r = b.by_rows;
-    launch(backward_rows<S, N, kBackwardUnroll>, dim3(r.grid), r.threads, 4 * (r.threads / kWarp) * sizeof(A), r,
-           a.parameters, pointers, target);
-  } else {
-    const ColumnsLaunch& c = b.by_columns;
-    const bool alone = c.ty == 1 && c.inner == 1;
-    launch(backward_columns<S, N, kBackwardUnroll>, dim3(c.tiles, c.splits), c.threads,
-           alone ? 0 : sizeof(A) * 4 * c.ty * c.tx * N, c, a.parameters, pointers, target);
-  }
+// f(the operation's type, a zero of the storage type)
+template <class F>
+void dispatch(const Args& a, F f) {
+  dispatch_operation(a.operation, [&](auto operation) {
+    dispatch_storage(a.dtype, [&](auto zero) { f(operation, zero); });
+  });
+}
+
+inline LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
+  LaunchPlan b;
+  dispatch(a, [&](auto operation, auto zero) {
+    b = plan_launch<decltype(operation), decltype(zero)>(a, multiprocessors);
+  });
+  return b;
 }
 
 // workspace: b.workspace_bytes on the device.
 template <class Launcher>
-void launch_backward(const BackwardArgs& a, const BackwardPlan& b, void* workspace, const Launcher& launch) {
-  dispatch_storage(a.dtype, [&](auto zero) {
+void launch(const Args& a, const LaunchPlan& b, void* workspace, const Launcher& launcher) {
+  dispatch(a, [&](auto operation, auto zero) {
+    using Op = decltype(operation);
     using S = decltype(zero);
     using A = Arithmetic<S>;
     SumTarget<A> target{
         b.sums_wanted, b.sums, static_cast<A*>(workspace), {a.dp[0], a.dp[1], a.dp[2], a.dp[3]}, a.dp_dtype};
-    const auto run = b.vector ? backward_by<S, kVector<S>, Launcher> : backward_by<S, 1, Launcher>;
-    run(a, b, target, launch);
+    const auto run = b.vector ? launch_pass<Op, S, kVector<S>, Launcher> : launch_pass<Op, S, 1, Launcher>;
+    run(a, b, target, launcher);
     if (b.workspace_bytes == 0) return;
-    launch(finish<A>, dim3(b.finish.grid), kMaxThreads, 4 * kMaxThreads * sizeof(A), b.finish, target);
+    launcher(finish<A>, dim3(b.finish.grid), kMaxThreads, 4 * kMaxThreads * sizeof(A), b.finish, target);
   });
 }
 

@@ -22,24 +22,25 @@ constexpr int64_t kRows = 8, kColumns = 128, kElements = kRows * kColumns;
 
 struct Data {
   // Zeros are valid in every dtype, and no instruction depends on the values.
-  alignas(64) char u[kElements * 8] = {}, grad[kElements * 8] = {}, result[kElements * 8] = {};
-  alignas(64) double parameters[4][kColumns] = {};
+  alignas(64) char in[leaf_cuda::kMaxInputs][kElements * 8] = {}, out[leaf_cuda::kMaxOutputs][kElements * 8] = {};
+  alignas(64) double parameters[leaf_cuda::kMaxParameters][kColumns] = {};
   alignas(64) double sums[4 * kSumStride] = {};
-  const void* p[4] = {parameters[0], parameters[1], parameters[2], parameters[3]};
+  Operands operands;
+  const void* p[leaf_cuda::kMaxParameters];
+
+  Data() {
+    for (int k = 0; k < leaf_cuda::kMaxInputs; ++k) operands.in[k] = in[k], operands.in_stride[k] = 1;
+    for (int k = 0; k < leaf_cuda::kMaxOutputs; ++k) operands.out[k] = out[k];
+    for (int q = 0; q < leaf_cuda::kMaxParameters; ++q) p[q] = parameters[q];
+  }
 };
 Data data;
 
-void forward_segment(const InnerLoops& loops) {
-  loops.forward_segment(data.u, data.result, kElements, data.parameters[0], false);
+void segment(const InnerLoops& loops) {
+  loops.segment(data.operands, kElements, data.parameters[0], false, data.sums);
 }
-void backward_segment(const InnerLoops& loops) {
-  loops.backward_segment(data.u, data.grad, 1, data.result, kElements, data.parameters[0], data.sums);
-}
-void forward_columns(const InnerLoops& loops) {
-  loops.forward_columns(data.u, data.result, kRows, kColumns, kColumns, data.p, false);
-}
-void backward_columns(const InnerLoops& loops) {
-  loops.backward_columns(data.u, data.grad, 1, data.result, kRows, kColumns, kColumns, data.p, data.sums);
+void columns(const InnerLoops& loops) {
+  loops.columns(data.operands, kRows, kColumns, kColumns, data.p, false, data.sums);
 }
 
 // 0 where the system does not let a process step through its child.
@@ -69,17 +70,21 @@ long instructions(void (*run)(const InnerLoops&), const InnerLoops& loops) {
 struct Loop {
   const char* name;
   void (*run)(const InnerLoops&);
+  InnerLoops InnerLoopsByOperation::*operation;
 };
-constexpr Loop kLoops[] = {{"forward, one set", forward_segment},
-                           {"backward, one set", backward_segment},
-                           {"forward, per column", forward_columns},
-                           {"backward, per column", backward_columns}};
+constexpr Loop kLoops[] = {{"forward, one set", segment, &InnerLoopsByOperation::forward},
+                           {"backward, one set", segment, &InnerLoopsByOperation::backward},
+                           {"forward, per column", columns, &InnerLoopsByOperation::forward},
+                           {"backward, per column", columns, &InnerLoopsByOperation::backward},
+                           {"double backward, one set", segment, &InnerLoopsByOperation::double_backward},
+                           {"double backward, per column", columns, &InnerLoopsByOperation::double_backward}};
+constexpr int kLoopCount = sizeof(kLoops) / sizeof(Loop);
 
 struct Target {
   const char* name;
   const InnerLoopsByType* loops;
   CpuCapability needs;
-  double bounds[4][4];  // dtype, loop
+  double bounds[4][kLoopCount];  // dtype, loop
 };
 
 }  // namespace
@@ -105,11 +110,11 @@ int main() {
       printf("%s: not counted, this processor has no such instructions\n", target.name);
       continue;
     }
-    const InnerLoops loops[] = {target.loops->float64, target.loops->float32, target.loops->bfloat16,
+    const InnerLoopsByOperation loops[] = {target.loops->float64, target.loops->float32, target.loops->bfloat16,
                                 target.loops->float16};
     for (int t = 0; t < 4; ++t)
-      for (int l = 0; l < 4; ++l) {
-        const long count = instructions(kLoops[l].run, loops[t]);
+      for (int l = 0; l < kLoopCount; ++l) {
+        const long count = instructions(kLoops[l].run, loops[t].*kLoops[l].operation);
         if (count == 0) {
           puts("not counted: this system does not let a process trace its child");
           return 77;  // CTest's code for a skipped test
@@ -120,7 +125,7 @@ int main() {
 #else
         const bool above = false;
 #endif
-        printf("%s %-9s %-21s %6.2f instructions per element, bound %.2f%s\n", target.name, dtypes[t], kLoops[l].name,
+        printf("%s %-9s %-27s %6.2f instructions per element, bound %.2f%s\n", target.name, dtypes[t], kLoops[l].name,
                each, bound, above ? "  ABOVE" : "");
         failures += above;
       }

@@ -46,7 +46,10 @@ struct Buffer {
     std::normal_distribution<double> normal;
     for (int64_t i = 0; i < n; ++i) data[i] = static_cast<S>(static_cast<float>(2 * normal(random)));
   }
-  bool same_bits(const Buffer& other) const { return std::memcmp(data, other.data, n * sizeof(S)) == 0; }
+  std::vector<char> bits() const {
+    const char* const begin = reinterpret_cast<const char*>(data);
+    return {begin, begin + n * sizeof(S)};
+  }
 };
 
 template <class S>
@@ -98,94 +101,140 @@ bool close(double got, double want, double scale, double ulps) {
   return std::abs(got - want) <= ulps * epsilon * scale + (kType<S> == kType<c10::Half> ? 0x1p-24 : 0);
 }
 
+// What an output or a gradient should be, and the scale of the terms that made it.
+struct Expected {
+  std::vector<double> value, scale;
+  explicit Expected(int64_t n) : value(n), scale(n) {}
+  void add(int64_t i, double share, double its_scale) {
+    value[i] += share;
+    scale[i] += its_scale;
+  }
+};
+
+// One operation in every schedule: the same bits, and what is expected. P is the gradients' type.
+template <class S, class P>
+void run_operation(const Case& c, const char* type, Args args, std::vector<Buffer<S>>& out, std::vector<Buffer<P>>& dp,
+                   const std::vector<Expected>& expected_out, const std::vector<Expected>& expected_dp, double ulps) {
+  const char* names[] = {"forward", "backward", "double backward"};
+  const std::string what = std::string(names[static_cast<int>(args.operation)]) + " ";
+  const auto named = [&](const char* detail) { return name(c, type, (what + detail).c_str()); };
+  for (size_t k = 0; k < out.size(); ++k) args.out[k] = out[k].data;
+  for (size_t q = 0; q < dp.size(); ++q) args.dp[q] = args.parameters.p[q] ? dp[q].data : nullptr;
+  args.dp_dtype = kType<P>;
+  if (args.operation != Operation::forward && !c.want_du) args.out[0] = nullptr;
+
+  std::vector<std::vector<char>> first;
+  for (const Schedule& schedule : kSchedules) {
+    for (auto& o : out) o.poison();
+    for (auto& d : dp) d.poison();
+    try {
+      const LaunchPlan plan = plan_launch(args, c.multiprocessors);
+      check(plan.workspace_bytes <= std::max<int64_t>(c.plan.numel() * sizeof(S) / 8, 1 << 20), named("workspace"));
+      Buffer<char> workspace(plan.workspace_bytes);
+      launch(args, plan, workspace.data, launcher(schedule));
+    } catch (const std::exception& error) {
+      return check(false, named(error.what()));
+    }
+    std::vector<std::vector<char>> bits;
+    for (const auto& o : out) bits.push_back(o.bits());
+    for (const auto& d : dp) bits.push_back(d.bits());
+    if (first.empty()) first = bits;
+    check(bits == first, named("same bits in every schedule"));
+  }
+
+  for (size_t k = 0; k < out.size(); ++k) {
+    bool ok = true;
+    if (args.out[k])
+      for (int64_t i = 0; i < out[k].n; ++i)
+        ok = ok && close<S>(static_cast<double>(out[k].data[i]), expected_out[k].value[i], expected_out[k].scale[i], ulps);
+    check(ok, named(("output " + std::to_string(k)).c_str()));
+  }
+  for (size_t q = 0; q < dp.size(); ++q) {
+    bool ok = true;
+    if (args.dp[q])
+      for (int64_t k = 0; k < dp[q].n; ++k)
+        ok = ok &&
+             close<P>(static_cast<double>(dp[q].data[k]), expected_dp[q].value[k], expected_dp[q].scale[k], 2 * ulps);
+    check(ok, named(("gradient " + std::to_string(q)).c_str()));
+  }
+}
+
 // P is the parameters' type, as in PyTorch: float for the half types, else S.
 template <class S, class P>
 void run(const Case& c, const char* type) {
   std::mt19937_64 random(c.plan.numel() * 31 + c.offset);
   const int64_t n = c.plan.numel(), count = c.plan.count;
-  Buffer<S> u(n, c.offset), grad(c.grad_stride ? n : 1), y(n), du(n);
-  u.fill(random);
-  grad.fill(random);
+  Buffer<S> u(n, c.offset), grad(c.grad_stride ? n : 1), v(n);
+  for (auto* b : {&u, &grad, &v}) b->fill(random);
   std::vector<Buffer<P>> p, dp;
-  FlatParameters parameters{kType<P>, {}, {}};
-  for (int q = 0; q < 4; ++q) {
+  Args args{};
+  args.plan = c.plan;
+  args.dtype = kType<S>;
+  args.parameters.dtype = kType<P>;
+  for (int q = 0; q < 8; ++q) {
     p.emplace_back(q == c.shared_parameter ? 1 : count);
     p[q].fill(random);
-    dp.emplace_back(count);
     if (q % 2 == 1 && !c.p2_and_p4) continue;
-    parameters.p[q] = p[q].data;
-    parameters.stride[q] = q == c.shared_parameter ? 0 : 1;
+    args.parameters.p[q] = p[q].data;
+    args.parameters.stride[q] = q == c.shared_parameter ? 0 : 1;
   }
+  const void* in[] = {u.data, grad.data, v.data};
+  const int strides[] = {1, c.grad_stride, 1};
+  std::copy_n(in, 3, args.in);
+  std::copy_n(strides, 3, args.in_stride);
 
-  // The plain loop, in double.
-  std::vector<double> want_y(n), want_du(n), scale_y(n), scale_du(n), want_dp(4 * count), scale_dp(4 * count);
+  // The plain loops, in double.
+  Expected y(n), du(n), dgrad(n), ddu(n);
+  std::vector<Expected> sums(4, Expected(count)), double_sums(3, Expected(count));
   for (int64_t i = 0; i < n; ++i) {
     const int64_t k = i / c.plan.inner % count;
     const auto value = [&](int q) {
-      return parameters.p[q] ? static_cast<double>(static_cast<const P*>(parameters.p[q])[k * parameters.stride[q]])
-                             : 0.0;
+      const P* const own = static_cast<const P*>(args.parameters.p[q]);
+      return own ? static_cast<double>(own[k * args.parameters.stride[q]]) : 0.0;
     };
     const double x = static_cast<double>(u.data[i]), g = static_cast<double>(grad.data[i * c.grad_stride]);
     const double z = value(2) * x, s = 1 / (1 + std::exp(-z)), t = 1 / (1 + std::exp(z)), l = value(0) * x + value(1);
-    const double l_abs = std::abs(value(0) * x) + std::abs(value(1));
-    want_y[i] = l * s + value(3);
-    scale_y[i] = l_abs * s * (1 + std::abs(z)) + std::abs(value(3));
-    want_du[i] = g * (value(0) * s + l * s * t * value(2));
-    scale_du[i] = std::abs(g) * (std::abs(value(0) * s) + l_abs * s * t * std::abs(value(2))) * (1 + std::abs(z));
-    const double terms[4] = {g * x * s, g * s, g * l * s * t * x, g};
-    const double scales[4] = {std::abs(terms[0]), std::abs(terms[1]), std::abs(g * l_abs * s * t * x), std::abs(g)};
-    for (int q = 0; q < 4; ++q) {
-      want_dp[q * count + k] += terms[q];
-      scale_dp[q * count + k] += scales[q] * (1 + std::abs(z));
-    }
+    const double l_abs = std::abs(value(0) * x) + std::abs(value(1)), condition = 1 + std::abs(z);
+    y.add(i, l * s + value(3), l_abs * s * condition + std::abs(value(3)));
+    du.add(i, g * (value(0) * s + l * s * t * value(2)),
+           std::abs(g) * (std::abs(value(0) * s) + l_abs * s * t * std::abs(value(2))) * condition);
+    const double shares[4] = {g * x * s, g * s, g * l * s * t * x, g};
+    const double scales[4] = {std::abs(shares[0]), std::abs(shares[1]), std::abs(g * l_abs * s * t * x), std::abs(g)};
+    for (int q = 0; q < 4; ++q) sums[q].add(k, shares[q], scales[q] * condition);
+
+    // The second derivative along (v, v1, ..., v4): y's along it, and g times that by u, p1, p2, p3.
+    const double w = static_cast<double>(v.data[i]), v1 = value(4), v2 = value(5), v3 = value(6), v4 = value(7);
+    const double p1 = value(0), p3 = value(2), s1 = s * t, s2 = s * t * (t - s);
+    const double dl = p1 * w + v1 * x + v2, dz = p3 * w + v3 * x;
+    const double dl_abs = std::abs(p1 * w) + std::abs(v1 * x) + std::abs(v2);
+    const double dz_abs = std::abs(p3 * w) + std::abs(v3 * x), s2_abs = s1;
+    dgrad.add(i, dl * s + l * s1 * dz + v4, (dl_abs * s + l_abs * s1 * dz_abs) * condition + std::abs(v4));
+    ddu.add(i, g * (v1 * s + dl * s1 * p3 + p1 * s1 * dz + l * s2 * p3 * dz + l * s1 * v3),
+            std::abs(g) * condition *
+                (std::abs(v1) * s + dl_abs * s1 * std::abs(p3) + std::abs(p1) * s1 * dz_abs +
+                 l_abs * s2_abs * std::abs(p3) * dz_abs + l_abs * s1 * std::abs(v3)));
+    const double second[3] = {g * (w * s + x * s1 * dz), g * s1 * dz,
+                              g * (dl * s1 * x + l * s2 * dz * x + l * s1 * w)};
+    const double second_scales[3] = {std::abs(w) * s + std::abs(x) * s1 * dz_abs, s1 * dz_abs,
+                                     (dl_abs * s1 + l_abs * s2_abs * dz_abs) * std::abs(x) + l_abs * s1 * std::abs(w)};
+    for (int q = 0; q < 3; ++q) double_sums[q].add(k, second[q], std::abs(g) * second_scales[q] * condition);
   }
 
-  bool same = true;
-  Buffer<S> first_y(n), first_du(n);
-  std::vector<Buffer<P>> first_dp;
-  for (const Schedule& schedule : kSchedules) {
-    y.poison();
-    du.poison();
-    for (auto& d : dp) d.poison();
-    try {
-      launch_forward({c.plan, parameters, kType<S>, u.data, y.data}, c.multiprocessors, launcher(schedule));
-      BackwardArgs args{c.plan, parameters, kType<S>, u.data, grad.data, c.grad_stride, c.want_du ? du.data : nullptr};
-      for (int q = 0; q < 4; ++q) args.dp[q] = parameters.p[q] ? dp[q].data : nullptr;
-      args.dp_dtype = kType<P>;
-      const BackwardPlan plan = plan_backward(args, c.multiprocessors);
-      check(plan.workspace_bytes <= std::max<int64_t>(n * sizeof(S) / 8, 1 << 20), name(c, type, "workspace"));
-      Buffer<char> workspace(plan.workspace_bytes);
-      launch_backward(args, plan, workspace.data, launcher(schedule));
-    } catch (const std::exception& error) {
-      check(false, name(c, type, error.what()));
-      return;
-    }
-    if (first_dp.empty()) {
-      std::memcpy(static_cast<void*>(first_y.data), y.data, n * sizeof(S));
-      std::memcpy(static_cast<void*>(first_du.data), du.data, n * sizeof(S));
-      for (int q = 0; q < 4; ++q) {
-        first_dp.emplace_back(count);
-        std::memcpy(static_cast<void*>(first_dp[q].data), dp[q].data, count * sizeof(P));
-      }
-    }
-    same = same && y.same_bits(first_y) && du.same_bits(first_du);
-    for (int q = 0; q < 4; ++q) same = same && dp[q].same_bits(first_dp[q]);
-  }
-  check(same, name(c, type, "same bits in every schedule"));
-
-  bool ok = true;
-  for (int64_t i = 0; i < n; ++i) ok = ok && close<S>(static_cast<double>(y.data[i]), want_y[i], scale_y[i], 4);
-  check(ok, name(c, type, "y"));
-  ok = true;
-  if (c.want_du)
-    for (int64_t i = 0; i < n; ++i) ok = ok && close<S>(static_cast<double>(du.data[i]), want_du[i], scale_du[i], 8);
-  check(ok, name(c, type, "du"));
-  ok = true;
-  for (int q = 0; q < 4; ++q)
-    for (int64_t k = 0; k < count; ++k)
-      if (parameters.p[q])
-        ok = ok && close<P>(static_cast<double>(dp[q].data[k]), want_dp[q * count + k], scale_dp[q * count + k], 16);
-  check(ok, name(c, type, "dp"));
+  const auto buffers = [&](auto& list, int how_many, int64_t length) {
+    list.clear();
+    for (int k = 0; k < how_many; ++k) list.emplace_back(length);
+  };
+  std::vector<Buffer<S>> out;
+  buffers(out, 1, n);
+  args.operation = Operation::forward;
+  run_operation<S, P>(c, type, args, out, dp, {y}, {}, 4);
+  buffers(dp, 4, count);
+  args.operation = Operation::backward;
+  run_operation<S, P>(c, type, args, out, dp, {du}, sums, 8);
+  buffers(out, 2, n);
+  buffers(dp, 3, count);
+  args.operation = Operation::double_backward;
+  run_operation<S, P>(c, type, args, out, dp, {dgrad, ddu}, double_sums, 8);
 }
 
 void run_types(const Case& c) {

@@ -31,21 +31,15 @@ void poison(void* p, int64_t bytes) {
   if (p) std::memset(p, 0xff, bytes);
 }
 
-void run_forward(const ForwardArgs& a, const Tensor&) {
-  if (a.y != a.u) poison(a.y, a.plan.numel() * c10::elementSize(a.dtype));
-  cuda::launch_forward(a, multiprocessors, emulated_launch);
-}
-
-void run_backward(const BackwardArgs& a, const Tensor& u) {
-  if (a.du != a.u) poison(a.du, a.plan.numel() * c10::elementSize(a.dtype));
+void run(const Args& a, const Tensor& u) {
+  for (void* out : a.out)
+    if (out != a.in[0]) poison(out, a.plan.numel() * c10::elementSize(a.dtype));
   for (void* dp : a.dp) poison(dp, a.plan.count * c10::elementSize(a.dp_dtype));
-  const cuda::BackwardPlan plan = cuda::plan_backward(a, multiprocessors);
+  const cuda::LaunchPlan plan = cuda::plan_launch(a, multiprocessors);
   const Tensor workspace = at::empty({plan.workspace_bytes}, u.options().dtype(at::kByte));
   poison(workspace.mutable_data_ptr(), plan.workspace_bytes);
-  cuda::launch_backward(a, plan, workspace.mutable_data_ptr(), emulated_launch);
+  cuda::launch(a, plan, workspace.mutable_data_ptr(), emulated_launch);
 }
-
-constexpr Loops kLoops = {run_forward, run_backward};
 
 }  // namespace
 
@@ -54,4 +48,4 @@ TORCH_LIBRARY(leaf_cuda_emulated, library) {
   library.def("configure(int block_order, int thread_order, int seed, int multiprocessors) -> ()", configure);
 }
 
-TORCH_LIBRARY_IMPL(leaf_cuda_emulated, CPU, library) { implement_operators<kLoops>(library); }
+TORCH_LIBRARY_IMPL(leaf_cuda_emulated, CPU, library) { implement_operators<run>(library); }
