@@ -5,9 +5,9 @@
 //   dL/dp1 = Σ g·u·s    dL/dp2 = Σ g·s    dL/dp3 = Σ g·l·s·s̄·u    dL/dp4 = Σ g
 //
 // M supplies the arithmetic: a type M::T with + - *, and
-//   M::exp_neg_abs(z)      e^(−|z|), 0 for infinite z, NaN for NaN
-//   M::reciprocal(x)       1/x for x in [1, 2]
-//   M::select(z, a, b)     a where z ≥ 0, else b
+//   M::exp_neg_abs(z)           e^(−|z|), 0 for infinite z, NaN for NaN
+//   M::reciprocal(x)            1/x for x in [1, 2]
+//   M::select(x, least, a, b)   a where x ≥ least, a constant; else b
 #pragma once
 
 #if defined(__CUDACC__)
@@ -30,15 +30,15 @@ struct Sigmoid {
 };
 
 // Both from e = e^(−|z|) and r = σ(|z|) = 1/(1 + e), which neither overflow nor cancel: 1 − σ(z) in float32 has lost
-// every digit by z = 17. Only near 0, where 1 − r is exact, is it better than e·r: an error of r then cancels in r·(1 −
-// r).
+// every digit by z = 17. The complement c = σ(−|z|) is e·r; only near 0, where 1 − r is exact, is that better, and an
+// error of r then cancels in the slope. The slope is c − c² and not c·r, which would have r's error twice.
 template <class M>
 LEAF_FUNCTION Sigmoid<typename M::T> sigmoid(const typename M::T& z) {
   using T = typename M::T;
   const T e = M::exp_neg_abs(z);
   const T r = M::reciprocal(1 + e);
-  const T complement = M::select(e - 0.5f, 1 - r, e * r);
-  return {M::select(z, r, complement), r * complement};
+  const T complement = M::select(e, 0.5f, 1 - r, e * r);
+  return {M::select(z, 0, r, complement), complement - complement * complement};
 }
 
 template <class M>

@@ -95,25 +95,35 @@ struct Simd : SimdTypes<Scalar, typename ExpConstants<Scalar>::Int> {
     for (int k = 0; k < lanes; ++k) v[k] = x;
     return v;
   }
-  // By the sign bit alone, which takes no comparison: −0 counts as below 0, where a and b are the same.
-  static V select(V z, V a, V b) { return bit_cast<I>(z) < 0 ? b : a; }
+  // Against 0 by the sign bit alone, which takes no comparison: −0 counts as below, where a and b are the same.
+  static V select(V x, Scalar least, V a, V b) {
+    return least == 0 ? (bit_cast<I>(x) < 0 ? b : a) : (x >= least ? a : b);
+  }
   static V reciprocal(V x) { return 1 / x; }
 
   static V exp_neg_abs(V z) {
     const V x = bit_cast<V>(bit_cast<I>(z) | bit_cast<I>(broadcast(Scalar(-0.0))));
+    const auto is_zero = x < C::zero_below;
+#if LEAF_VECTOR_BYTES == 64
+    const V t = x;  // scale's mask leaves those lanes out: what is above it need not wait for the comparison
+#else
     // Lanes that end as 0 are computed at 0, not by underflow: results in the subnormal range are slow on some
     // processors, and with LEAF's ReLU form (p3 = 2^16) almost every lane is one of them.
-    const auto is_zero = x < C::zero_below;
     const V t = is_zero ? V{} : x;
+#endif
     const V shifted = t * C::log2e + C::round_magic;
     const V n = shifted - C::round_magic;
     const V r = (t - n * C::ln2_hi) - n * C::ln2_lo;
-    // The polynomial's even and odd powers apart: half as long a chain of operations that wait for one another.
+    // Pairs of coefficients by r, the pairs by r²: a short chain of operations that wait for one another, for that is
+    // what bounds the loops.
     constexpr int count = sizeof(C::c) / sizeof(Scalar);
     const V r2 = r * r;
-    V q[2];
-    for (int k = count - 1; k >= 0; --k) q[k % 2] = k >= count - 2 ? broadcast(C::c[k]) : q[k % 2] * r2 + C::c[k];
-    const V e = (q[1] * r + q[0]) * r2 + r + 1;
+    const auto pair = [&](int k) { return k + 1 < count ? C::c[k + 1] * r + C::c[k] : broadcast(C::c[k]); };
+    constexpr int last = (count - 1) / 2 * 2;
+    V q = pair(last);
+#pragma GCC unroll 8
+    for (int k = last - 2; k >= 0; k -= 2) q = q * r2 + pair(k);
+    const V e = q * r2 + r + 1;
 #if LEAF_VECTOR_BYTES == 64
     return is_zero ? V{} : scale(e, n);
 #else

@@ -25,7 +25,9 @@ struct DoubleMath {
   using T = double;
   static __device__ __forceinline__ double exp_neg_abs(double z) { return exp(-fabs(z)); }
   static __device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
-  static __device__ __forceinline__ double select(double z, double a, double b) { return z >= 0 ? a : b; }
+  static __device__ __forceinline__ double select(double x, double least, double a, double b) {
+    return x >= least ? a : b;
+  }
 };
 
 struct FloatMath {
@@ -36,7 +38,9 @@ struct FloatMath {
     const float r = __fdividef(1.0f, x);
     return fmaf(r, fmaf(-x, r, 1.0f), r);
   }
-  static __device__ __forceinline__ float select(float z, float a, float b) { return z >= 0 ? a : b; }
+  static __device__ __forceinline__ float select(float x, float least, float a, float b) {
+    return x >= least ? a : b;
+  }
 };
 
 // For float16 and bfloat16: errors of some 2^-22·(1 + |z|) are far below what these types resolve.
