@@ -38,9 +38,9 @@ inline void store_n(S* p, V v, int64_t n) {
   memcpy(p, padded, n * sizeof(S));
 }
 
-// To the second-level cache.
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-inline void prefetch_to_write(void* p) { __builtin_prefetch(p, 1, 2); }
+// To the first-level cache.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_to_write(void* p) { __builtin_prefetch(p, 1, 3); }
 
 // leaf_loops.h's Operands for an operation and a storage type. `Repeated` has bit k set where in[k] is one element: the
 // pointer is then to a vector of copies of it. With `Streamed` outputs are stored past the caches: each vector of them
@@ -164,7 +164,7 @@ struct Block {
 };
 
 // Rows are taken `kTile` at a time, so that a column's parameters and sums pass through registers once for all of them.
-// The next tile's lines are asked for meanwhile, to the second-level cache: the processor foresees one long run, not
+// The next tile's lines are asked for meanwhile: the processor foresees one long run, not
 // kTile short ones, each in pages of its own.
 constexpr int kTile = 4;
 
