@@ -22,8 +22,7 @@ constexpr int64_t kMinColumns = 64;
 constexpr int64_t kUnfoldedColumns = 1024;
 // What one task of a parallel loop works on at least: far beyond the cost of handing it out.
 constexpr int64_t kTaskElements = 32768;
-// A y of more bytes than this would leave the last-level cache again before it is all there. (du is stored as usual:
-// backward is bound by arithmetic as much as by memory, and was slower with it.)
+// Outputs of more bytes than this would leave the last-level cache again before they are all there.
 constexpr int64_t kBeyondCaches = int64_t{32} << 20;
 // Rows share their partial sums: at least so many, for the sums to stay under an eighth of u; and so that there are
 // about so many tasks.
@@ -246,7 +245,7 @@ Tensor make_workspace(at::IntArrayRef sizes, const Tensor& like) {
 template <class Op, class T>
 void run_segments(const Args& a, const InnerLoops& loops, const Tensor& like) {
   const Segments segments(a.plan);
-  const bool stream = beyond_caches(a.plan, a.dtype);
+  const bool stream = !Op::sums && beyond_caches(a.plan, a.dtype);  // with sums it is not faster here
   const Tensor workspace = Op::sums ? make_workspace<T>({segments.segments(), 4}, like) : Tensor();
   T* const partial = Op::sums ? workspace.mutable_data_ptr<T>() : nullptr;
   parallel_tasks(segments.tasks(), a.plan.numel(), [&](int64_t task) {

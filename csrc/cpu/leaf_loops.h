@@ -24,7 +24,7 @@ struct Operands {
   void* out[kMaxOutputs];
 };
 
-// Operations without sums may store their outputs past the caches, with `stream`; the others ignore it.
+// With `stream` the outputs may be stored past the caches.
 struct InnerLoops {
   // A segment is a run of n elements that share the parameters p[0], p[1], ... Adds the segment's parameter gradients to
   // sums[0..3].

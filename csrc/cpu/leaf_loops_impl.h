@@ -270,7 +270,8 @@ struct Typed {
     if (Streamed) end_of_stream();
   }
 
-  // f(Operands) of the type that fits; `stride` elements lie from row to row. in[0], u, is never repeated.
+  // f(Operands) of the type that fits; `stride` elements lie from row to row. in[0], u, is never repeated. (Streams are
+  // for where it pays: where nothing is repeated.)
   template <unsigned Repeated = 0, class F>
   static void dispatch(const Given& given, int64_t stride, bool stream, F f) {
     constexpr unsigned last = (1u << Op::inputs) - 2;
@@ -278,7 +279,7 @@ struct Typed {
     for (int k = 1; k < Op::inputs; ++k) mask |= unsigned{given.in_stride[k] == 0} << k;
     if constexpr (Repeated < last)
       if (mask != Repeated) return dispatch<Repeated + 2>(given, stride, stream, f);
-    if constexpr (!Op::sums)
+    if constexpr (Repeated == 0)
       if (stream && are_aligned(given, stride)) return call<Repeated, true>(given, f);
     call<Repeated, false>(given, f);
   }
