@@ -245,7 +245,7 @@ Tensor make_workspace(at::IntArrayRef sizes, const Tensor& like) {
 template <class Op, class T>
 void run_segments(const Args& a, const InnerLoops& loops, const Tensor& like) {
   const Segments segments(a.plan);
-  const bool stream = !Op::sums && beyond_caches(a.plan, a.dtype);  // with sums it is not faster here
+  const bool stream = beyond_caches(a.plan, a.dtype);
   const Tensor workspace = Op::sums ? make_workspace<T>({segments.segments(), 4}, like) : Tensor();
   T* const partial = Op::sums ? workspace.mutable_data_ptr<T>() : nullptr;
   parallel_tasks(segments.tasks(), a.plan.numel(), [&](int64_t task) {
