@@ -8,8 +8,8 @@
 
 namespace leaf_cuda {
 
-// The parameters, set by set, in the order of the plan: p[q] has `count` values, or one for all (stride[q] 1 or 0); null
-// stands for zeros.
+// The parameters, set by set, in the order of the plan: p[q] has `count` values, or one for all (stride[q] 1 or 0);
+// null stands for zeros.
 struct FlatParameters {
   c10::ScalarType dtype;
   const void* p[kMaxParameters];

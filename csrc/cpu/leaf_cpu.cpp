@@ -82,9 +82,8 @@ void for_each_parameter(const FlatParameters& parameters, F f) {
 
 template <int sets>
 void segment_parameters(const FlatParameters& parameters, int64_t index, double* out) {
-  for_each_parameter<sets>(parameters, [&](int q, const auto* p, int64_t stride) {
-    out[q] = static_cast<double>(p[index * stride]);
-  });
+  for_each_parameter<sets>(
+      parameters, [&](int q, const auto* p, int64_t stride) { out[q] = static_cast<double>(p[index * stride]); });
 }
 
 // The parameters of the columns first ... first + columns of a block, on to the next multiple of kColumnMultiple, in

@@ -38,9 +38,7 @@ struct FloatMath {
     const float r = __fdividef(1.0f, x);
     return fmaf(r, fmaf(-x, r, 1.0f), r);
   }
-  static __device__ __forceinline__ float select(float x, float least, float a, float b) {
-    return x >= least ? a : b;
-  }
+  static __device__ __forceinline__ float select(float x, float least, float a, float b) { return x >= least ? a : b; }
 };
 
 // For float16 and bfloat16: errors of some 2^-22·(1 + |z|) are far below what these types resolve.
@@ -167,8 +165,8 @@ struct Operands {
     }
   }
 
-  // Runs the operation on what was loaded from i on, in its place, and stores the outputs. With PerElement each of the N elements has
-  // its own parameters p[e·sets] and sums sum[e·4], else they share p and sum.
+  // Runs the operation on what was loaded from i on, in its place, and stores the outputs. With PerElement each of the
+  // N elements has its own parameters p[e·sets] and sums sum[e·4], else they share p and sum.
   template <bool PerElement, int N>
   __device__ __forceinline__ void run(int64_t i, Loaded<N>& loaded, const Parameters<Arithmetic<S>>* p,
                                       Arithmetic<S>* sum) const {
@@ -298,8 +296,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op>)
           a.template run<false>(slots[j].first, loaded[j], p, sum);
         } else {
 #pragma unroll 1
-          for (int64_t i = slots[j].first + slots[j].lo; i < slots[j].first + slots[j].hi; ++i)
-            a.run_one(i, p, sum);
+          for (int64_t i = slots[j].first + slots[j].lo; i < slots[j].first + slots[j].hi; ++i) a.run_one(i, p, sum);
         }
       }
     }

@@ -28,8 +28,8 @@ void dispatch_storage(c10::ScalarType dtype, F f) {
 template <class S>
 constexpr int kVector = 16 / sizeof(S);
 
-// Whether a thread of the columns' kernel has registers for a vector's parameters and sums. With two sets of parameters it
-// takes single elements, which a warp reads in whole lines all the same.
+// Whether a thread of the columns' kernel has registers for a vector's parameters and sums. With two sets of parameters
+// it takes single elements, which a warp reads in whole lines all the same.
 template <class Op>
 constexpr bool kColumnVectors = Op::sets == 1;
 
@@ -99,16 +99,14 @@ void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Arithmetic<
 // f(the operation's type, a zero of the storage type)
 template <class F>
 void dispatch(const Args& a, F f) {
-  dispatch_operation(a.operation, [&](auto operation) {
-    dispatch_storage(a.dtype, [&](auto zero) { f(operation, zero); });
-  });
+  dispatch_operation(a.operation,
+                     [&](auto operation) { dispatch_storage(a.dtype, [&](auto zero) { f(operation, zero); }); });
 }
 
 inline LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
   LaunchPlan b;
-  dispatch(a, [&](auto operation, auto zero) {
-    b = plan_launch<decltype(operation), decltype(zero)>(a, multiprocessors);
-  });
+  dispatch(
+      a, [&](auto operation, auto zero) { b = plan_launch<decltype(operation), decltype(zero)>(a, multiprocessors); });
   return b;
 }
 

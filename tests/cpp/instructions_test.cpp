@@ -36,9 +36,7 @@ struct Data {
 };
 Data data;
 
-void segment(const InnerLoops& loops) {
-  loops.segment(data.operands, kElements, data.parameters[0], false, data.sums);
-}
+void segment(const InnerLoops& loops) { loops.segment(data.operands, kElements, data.parameters[0], false, data.sums); }
 void columns(const InnerLoops& loops) {
   loops.columns(data.operands, kRows, kColumns, kColumns, data.p, false, data.sums);
 }
@@ -70,7 +68,7 @@ long instructions(void (*run)(const InnerLoops&), const InnerLoops& loops) {
 struct Loop {
   const char* name;
   void (*run)(const InnerLoops&);
-  InnerLoops InnerLoopsByOperation::*operation;
+  InnerLoops InnerLoopsByOperation::* operation;
 };
 constexpr Loop kLoops[] = {{"forward, one set", segment, &InnerLoopsByOperation::forward},
                            {"backward, one set", segment, &InnerLoopsByOperation::backward},
@@ -96,11 +94,17 @@ int main() {
       {"AVX2",
        &kLoopsAvx2,
        CpuCapability::avx2,
-       {{12.62, 15.92, 13.19, 19.79}, {5.74, 7.42, 6.09, 9.61}, {6.89, 9.36, 7.36, 12.03}, {5.75, 7.94, 6.23, 9.99}}},
+       {{11.88, 16.42, 12.82, 18.90, 21.38, 26.45},
+        {4.99, 7.59, 5.52, 8.71, 10.05, 12.44},
+        {6.16, 9.20, 6.93, 10.14, 13.32, 15.53},
+        {4.99, 7.76, 5.72, 8.63, 10.62, 12.85}}},
       {"AVX512",
        &kLoopsAvx512,
        CpuCapability::avx512,
-       {{5.87, 7.44, 6.34, 10.31}, {2.43, 3.78, 2.80, 5.12}, {3.33, 4.45, 3.55, 5.83}, {2.55, 3.84, 2.86, 5.18}}},
+       {{5.38, 7.37, 5.96, 9.14, 10.18, 12.38},
+        {2.26, 3.74, 2.52, 4.32, 5.17, 5.94},
+        {2.90, 4.39, 3.20, 4.85, 6.37, 7.29},
+        {2.38, 3.80, 2.69, 4.23, 5.27, 6.19}}},
 #endif
   };
   const char* dtypes[] = {"float64", "float32", "bfloat16", "float16"};
@@ -111,7 +115,7 @@ int main() {
       continue;
     }
     const InnerLoopsByOperation loops[] = {target.loops->float64, target.loops->float32, target.loops->bfloat16,
-                                target.loops->float16};
+                                           target.loops->float16};
     for (int t = 0; t < 4; ++t)
       for (int l = 0; l < kLoopCount; ++l) {
         const long count = instructions(kLoops[l].run, loops[t].*kLoops[l].operation);

@@ -146,7 +146,8 @@ void run_operation(const Case& c, const char* type, Args args, std::vector<Buffe
     bool ok = true;
     if (args.out[k])
       for (int64_t i = 0; i < out[k].n; ++i)
-        ok = ok && close<S>(static_cast<double>(out[k].data[i]), expected_out[k].value[i], expected_out[k].scale[i], ulps);
+        ok = ok &&
+             close<S>(static_cast<double>(out[k].data[i]), expected_out[k].value[i], expected_out[k].scale[i], ulps);
     check(ok, named(("output " + std::to_string(k)).c_str()));
   }
   for (size_t q = 0; q < dp.size(); ++q) {
@@ -213,8 +214,7 @@ void run(const Case& c, const char* type) {
             std::abs(g) * condition *
                 (std::abs(v1) * s + dl_abs * s1 * std::abs(p3) + std::abs(p1) * s1 * dz_abs +
                  l_abs * s2_abs * std::abs(p3) * dz_abs + l_abs * s1 * std::abs(v3)));
-    const double second[3] = {g * (w * s + x * s1 * dz), g * s1 * dz,
-                              g * (dl * s1 * x + l * s2 * dz * x + l * s1 * w)};
+    const double second[3] = {g * (w * s + x * s1 * dz), g * s1 * dz, g * (dl * s1 * x + l * s2 * dz * x + l * s1 * w)};
     const double second_scales[3] = {std::abs(w) * s + std::abs(x) * s1 * dz_abs, s1 * dz_abs,
                                      (dl_abs * s1 + l_abs * s2_abs * dz_abs) * std::abs(x) + l_abs * s1 * std::abs(w)};
     for (int q = 0; q < 3; ++q) double_sums[q].add(k, second[q], std::abs(g) * second_scales[q] * condition);
