@@ -11,6 +11,17 @@ def differentiates_forward() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def takes_function() -> bool:
+    """Whether this call is inside a torch.func transform that takes a torch.autograd.Function; functionalize takes
+    none."""
+    if not torch._C._are_functorch_transforms_active() or differentiates_forward():
+        return False
+    if torch.compiler.is_compiling():  # Dynamo traces no functionalize, nor what follows
+        return True
+    functionalize = torch._C._functorch.TransformType.Functionalize
+    return all(level.key() != functionalize for level in torch._C._functorch.get_interpreter_stack())
+
+
 class _LeafBackward(torch.autograd.Function):
     """(grad, u, p1, p2, p3, p4, mask) → (du, dp1, dp2, dp3, dp4), None where the mask or the parameter has none."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, reference, sharding
-from .function import LeafFunction, differentiates_forward
+from .function import LeafFunction, takes_function
 
 
 class FallbackWarning(UserWarning):
@@ -95,7 +95,7 @@ def leaf(u: Tensor, p1, p2, p3, p4) -> Tensor:
         return y
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():  # a graph of standard operators
         return _composite(u, p1, p2, p3, p4)
-    if torch._C._are_functorch_transforms_active() and not differentiates_forward():
+    if takes_function():
         return LeafFunction.apply(u, p1, p2, p3, p4)
     return _ops.leaf_forward(u, p1, p2, p3, p4)
 

@@ -3,7 +3,19 @@
 import pytest
 import torch
 from cases import GRANULARITIES, assert_true, draw, plain
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp, vmap
+from torch.func import (
+    functional_call,
+    functionalize,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    linearize,
+    stack_module_state,
+    vjp,
+    vmap,
+)
 from torch.utils._pytree import tree_leaves
 
 import leaf_cuda
@@ -75,6 +87,22 @@ def test_transforms(device, route, transform):
 def test_forward_transforms(device, route, transform):
     arguments = inputs(device)
     assert_same(lambda f: FORWARD_TRANSFORMS[transform](f, *arguments), route)
+
+
+@pytest.mark.parametrize("route", [leaf_cuda.leaf, FORWARD], ids=["leaf", "operator"])
+@pytest.mark.parametrize("transform", ["alone", "of_grad", "of_vmap", "of_vmap_of_grad", "in_vmap"])
+def test_functionalize(device, route, transform):
+    """With functionalize around the call, which takes no torch.autograd.Function."""
+    in_dims = IN_DIMS[0]
+    arguments = inputs(device) if transform in ("alone", "of_grad") else batched(inputs(device), in_dims)
+    transforms = {
+        "alone": functionalize,
+        "of_grad": lambda f: functionalize(grad(loss(f), ALL)),
+        "of_vmap": lambda f: functionalize(vmap(f, in_dims)),
+        "of_vmap_of_grad": lambda f: functionalize(vmap(grad(loss(f), ALL), in_dims)),
+        "in_vmap": lambda f: vmap(functionalize(f), in_dims),
+    }
+    assert_same(lambda f: transforms[transform](f)(*arguments), route)
 
 
 def test_leaf_function_has_no_forward_mode():

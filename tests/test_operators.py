@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from cases import DTYPE_PAIRS, GRANULARITIES, LAYOUTS, assert_true, draw, dtype_id, evaluate, plain
 
 import leaf_cuda
@@ -246,6 +247,39 @@ def test_compile(granularity, backend):
                     torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dynamic", [True, False, None])
+def test_compile_once(dynamic):
+    """Each call of the same shape runs what the first one compiled; with dynamic shapes other shapes do too."""
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    module = leaf_cuda.LEAF.per_channel(3, init_as="SiLU")
+    compiled = torch.compile(module, fullgraph=True, backend=graphs, dynamic=dynamic)
+
+    def train(n):
+        u = torch.randn(n, 3, 4, 5, requires_grad=True)
+        compiled(u).square().sum().backward()
+        assert u.grad is not None
+
+    for _ in range(4):
+        train(6)
+    assert graphs.frame_count == 1
+    for n in (7, 8, 9, 6):
+        train(n)
+    assert graphs.frame_count == {True: 1, False: 4, None: 2}[dynamic]
+
+
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "strided"])
+def test_compile_keeps_strides(layout, backend):
+    """y and du lie as in eager."""
+    torch._dynamo.reset()
+    u, parameters, g = draw(*GRANULARITIES["channel"](2, 3, 4, 5), dtype=torch.float32)
+    u, g = LAYOUTS[layout](u), LAYOUTS[layout](g)
+    compiled = torch.compile(leaf_cuda.leaf, fullgraph=True, backend=backend)
+    results, expected = (evaluate(f, u, parameters, g)[:2] for f in (compiled, leaf_cuda.leaf))
+    assert [r.stride() for r in results] == [e.stride() for e in expected]
+
+
 def test_compile_of_a_module():
     torch._dynamo.reset()
     module = leaf_cuda.LEAF.per_channel(3)
@@ -254,6 +288,54 @@ def test_compile_of_a_module():
     assert torch.equal(y, module(u))
     y.sum().backward()
     assert all(p.grad is not None for p in module.parameters())
+
+
+# ---- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+def cuda_graph_case(granularity):
+    if not torch.cuda.is_available():
+        pytest.skip("torch.cuda.is_available() is False")
+    shape, shapes = GRANULARITIES[granularity](16, 8, 12, 20)
+    u, parameters, g = draw(shape, shapes, dtype=torch.float32, device="cuda")
+    return u, [p.requires_grad_() for p in parameters], g
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("granularity", ["layer", "channel", "features"])
+def test_cuda_graph(granularity):
+    """Forward and backward, captured once and replayed on other numbers."""
+    u, parameters, g = cuda_graph_case(granularity)
+    u.requires_grad_()
+
+    def step():
+        return torch.autograd.grad(leaf_cuda.leaf(u, *parameters), [u, *parameters], g)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        with torch.no_grad():
+            u.copy_(torch.randn_like(u))
+        graph.replay()
+        assert all(torch.equal(c, e) for c, e in zip(captured, step()))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("granularity", ["layer", "channel", "features"])
+def test_compile_with_reduced_overhead(granularity):
+    torch._dynamo.reset()
+    u, parameters, g = cuda_graph_case(granularity)
+    compiled = torch.compile(lambda *a: leaf_cuda.leaf(*a) * 2, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        u = torch.randn_like(u)
+        expected = evaluate(lambda *a: leaf_cuda.leaf(*a) * 2, u, parameters, g)
+        for a, e in zip(evaluate(compiled, u, parameters, g), expected):
+            torch.testing.assert_close(a, e)
 
 
 # ---- which kernels run -----------------------------------------------------------------------------------------------
