@@ -1,5 +1,5 @@
 """Times a training iteration of the paper's networks and of a small transformer, on images of CIFAR-10's shape, with LEAF
-and with fixed activations.
+and with fixed activations, in eager and by torch.compile.
 
 An iteration is zero_grad, forward, cross entropy, backward and a step of Adam, over all parameters. Each round runs every
 network once, in shuffled order; a ratio is the median over the rounds of two times in the same round.
@@ -13,11 +13,11 @@ import platform
 import random
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
+import torch._inductor.config
 from bench_leaf import MALLOC, AuthorsWay, formula, machine, tabulate, tqdm
 from torch import nn
 
@@ -46,6 +46,10 @@ ACTIVATIONS = {
 }
 
 
+#: Of ACTIVATIONS, those of which a network is compiled, too.
+COMPILED = ("SiLU", "LEAF per layer", "LEAF per channel", "LEAF per element")
+
+
 class Transformer(nn.Module):
     """A block of 64 patches of 128 features, with the activation in its MLP of 512."""
 
@@ -60,9 +64,11 @@ class Transformer(nn.Module):
 
 
 class Training:
-    def __init__(self, network, make, x, target):
+    def __init__(self, network, make, x, target, compiled=False):
         torch.manual_seed(0)
         self.model = network((3, 32, 32), conv=make, fc=make).to(x.device)
+        if compiled:
+            self.model = torch.compile(self.model, fullgraph=True)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-6)
         self.x, self.target = x, target
 
@@ -96,13 +102,17 @@ def main() -> None:
     if args.device == "cpu" and platform.libc_ver()[0] == "glibc" and {**MALLOC, **os.environ} != os.environ:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**MALLOC, **os.environ})
     torch.set_num_threads(args.threads)
+    torch._inductor.config.fallback_random = True  # dropout draws as in eager
 
     x = torch.randn(args.batch, 3, 32, 32, device=args.device)
     target = torch.randint(10, (args.batch,), device=args.device)
     lines = []
     with tqdm(total=len(NETWORKS) * args.rounds, unit="round") as progress:
         for network in NETWORKS:
-            trainings = {name: partial(Training, network, make)(x, target) for name, make in ACTIVATIONS.items()}
+            torch._dynamo.reset()
+            trainings = {name: Training(network, make, x, target) for name, make in ACTIVATIONS.items()}
+            for name in COMPILED:
+                trainings[f"{name}, compiled"] = Training(network, ACTIVATIONS[name], x, target, compiled=True)
             losses = {}
             for name, training in trainings.items():
                 torch.manual_seed(1)  # of the dropout
@@ -116,9 +126,14 @@ def main() -> None:
                     seconds[name].append(trainings[name].seconds(args.iterations))
                 progress.update()
             for name, times in seconds.items():
-                ratio = median(a / b for a, b in zip(times, seconds["SiLU"], strict=True))
-                lines.append([network.__name__, name, f"{1e3 * median(times):.1f}", f"{ratio:.2f}"])
-    table = tabulate(lines, ["network", "activation", "ms", "over SiLU"], tablefmt="github", disable_numparse=True)
+                eager = name.removesuffix(", compiled")
+                ratios = [
+                    "" if other == name else f"{median(a / b for a, b in zip(times, seconds[other], strict=True)):.2f}"
+                    for other in ("SiLU", eager)
+                ]
+                lines.append([network.__name__, name, f"{1e3 * median(times):.1f}", *ratios])
+    headers = ["network", "activation", "ms", "over SiLU", "compiled over eager"]
+    table = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
     where = machine(args)
     text = (
         f"{table}\n\nBatch {args.batch}, {args.rounds} rounds of {args.iterations} iterations; "

@@ -215,16 +215,20 @@ SixTensors leaf_double_backward_meta(const OptionalTensor& v, const OptionalTens
 // ---- registration ---------------------------------------------------------------------------------------------------
 
 void define_operators(torch::Library& library) {
-  library.def("leaf_forward(Tensor u, Tensor p1, Tensor? p2, Tensor p3, Tensor? p4) -> Tensor");
+  // Any layout is taken as it is: Inductor need not bring tensors into the one that they have in eager.
+  const std::vector<at::Tag> tags = {at::Tag::flexible_layout, at::Tag::pt2_compliant_tag};
+  library.def("leaf_forward(Tensor u, Tensor p1, Tensor? p2, Tensor p3, Tensor? p4) -> Tensor", tags);
   library.def(
       "leaf_backward(Tensor grad, Tensor u, Tensor p1, Tensor? p2, Tensor p3, Tensor? p4, bool[5] output_mask)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      tags);
   // The gradients of leaf_backward's tensors: v, v1, ..., v4 are those of its results, du, dp1, ..., dp4; None is 0. p4
   // has none.
   library.def(
       "leaf_double_backward(Tensor? v, Tensor? v1, Tensor? v2, Tensor? v3, Tensor? v4, Tensor grad, Tensor u,"
       " Tensor p1, Tensor? p2, Tensor p3, Tensor? p4, bool[6] output_mask)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      tags);
 }
 
 bool is_unregistered(c10::DispatchKey key) {
