@@ -26,6 +26,10 @@ struct Args {
   void* out[kMaxOutputs];     // null if not needed; one may be u
   void* dp[4];                // `count` values of dp_dtype each; null if not needed
   c10::ScalarType dp_dtype;
+  // For pitched operations: element i of an operand is at i / run · its pitch + i % run; the plan's `inner` is then 1 and
+  // its `count` a multiple of `run`. With a run of 0 all operands are in memory order, without gaps.
+  int64_t run;
+  int64_t in_pitch[kMaxInputs], out_pitch[kMaxOutputs];
 };
 
 // f(the operation's type)
@@ -38,6 +42,10 @@ void dispatch_operation(Operation operation, F f) {
       return f(Backward());
     case Operation::double_backward:
       return f(DoubleBackward());
+    case Operation::glu_forward:
+      return f(GluForward());
+    case Operation::glu_backward:
+      return f(GluBackward());
   }
 }
 

@@ -16,6 +16,7 @@ namespace {
 
 struct TensorMath {
   using T = Tensor;
+  static T multiply_add(const T& a, const T& b, const T& c) { return a * b + c; }
 };
 
 }  // namespace

@@ -7,6 +7,8 @@
 // M supplies the arithmetic: a type M::T with + - *, and
 //   M::exp_neg_abs(z)           e^(−|z|), 0 for infinite z, NaN for NaN
 //   M::reciprocal(x)            1/x for x in [1, 2]
+//   M::multiply_add(a, b, c)    a·b + c, for where a compiler might fuse either of two products: the same bits wherever
+//                               the function is inlined
 //   M::select(x, least, a, b)   a where x ≥ least, a constant; else b
 #pragma once
 
@@ -59,7 +61,7 @@ LEAF_FUNCTION Partials<typename M::T> leaf_partials(const typename M::T& u, cons
   const Sigmoid<T> s = sigmoid<M>(p.p3 * u);
   const T ls = (p.p1 * u + p.p2) * s.slope;
   const T gs = g * s.value;
-  return {g * (p.p1 * s.value + ls * p.p3), gs * u, gs, (g * ls) * u};
+  return {g * M::multiply_add(p.p1, s.value, ls * p.p3), gs * u, gs, (g * ls) * u};
 }
 
 // The derivative of y along v = (v, v1, v2, v3, v4), a direction of (u, p1, p2, p3, p4), and g times the derivative of

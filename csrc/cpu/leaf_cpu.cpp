@@ -123,15 +123,21 @@ class ColumnParameters {
   T buffer_[4 * sets][kColumnBlock];
 };
 
-// The operands at element i.
-Operands operands_at(const Args& a, int64_t i) {
-  const int64_t bytes = i * static_cast<int64_t>(c10::elementSize(a.dtype));
+// The operands at element i of a plan whose rows (of a block of columns, say) are `row` elements long.
+Operands operands_at(const Args& a, int64_t i, int64_t row) {
+  const int64_t bytes = static_cast<int64_t>(c10::elementSize(a.dtype));
+  const auto offset = [&](int64_t pitch) { return a.run ? i / a.run * pitch + i % a.run : i; };
+  const auto row_pitch = [&](int64_t pitch) { return a.run ? row / a.run * pitch : row; };
   Operands at{};
   for (int k = 0; k < kMaxInputs; ++k) {
-    at.in[k] = static_cast<const char*>(a.in[k]) + bytes * a.in_stride[k];
+    at.in[k] = static_cast<const char*>(a.in[k]) + bytes * a.in_stride[k] * offset(a.in_pitch[k]);
     at.in_stride[k] = a.in_stride[k];
+    at.in_row[k] = row_pitch(a.in_pitch[k]);
   }
-  for (int k = 0; k < kMaxOutputs; ++k) at.out[k] = a.out[k] ? static_cast<char*>(a.out[k]) + bytes : nullptr;
+  for (int k = 0; k < kMaxOutputs; ++k) {
+    at.out[k] = a.out[k] ? static_cast<char*>(a.out[k]) + bytes * offset(a.out_pitch[k]) : nullptr;
+    at.out_row[k] = row_pitch(a.out_pitch[k]);
+  }
   return at;
 }
 
@@ -168,16 +174,19 @@ struct Segments {
   }
 };
 
-// Columns (leaf_plan.h) as blocks of columns × chunks of rows; the partial last row is a chunk of its own.
+// Columns (leaf_plan.h) as blocks of columns × chunks of rows; the partial last row is a chunk of its own. A block lies
+// within one of the operands' runs (Args::run).
 struct ColumnBlocks {
   Columns columns;
-  int64_t inner, block, blocks, rows_per_chunk, chunks;
+  int64_t inner, run, block, blocks_in_run, blocks, rows_per_chunk, chunks;
 
-  explicit ColumnBlocks(const Plan& plan) : inner(plan.inner) {
-    const bool fold = plan.count * plan.inner < kUnfoldedColumns;
-    columns = columns_of(plan, fold ? kColumnMultiple : 1, kMinColumns);
-    block = std::min(columns.width, kColumnBlock / inner * inner);  // whole parameters
-    blocks = (columns.width + block - 1) / block;
+  explicit ColumnBlocks(const Args& a) : inner(a.plan.inner) {
+    const bool fold = a.run == 0 && a.plan.count * inner < kUnfoldedColumns;
+    columns = columns_of(a.plan, fold ? kColumnMultiple : 1, fold ? kMinColumns : 1);
+    run = a.run ? a.run : columns.width;
+    block = std::min(run, kColumnBlock / inner * inner);  // whole parameters
+    blocks_in_run = (run + block - 1) / block;
+    blocks = columns.width / run * blocks_in_run;
     const int64_t wanted = std::max<int64_t>(1, kTasks / blocks);
     rows_per_chunk = std::max({kTaskElements / block, (columns.rows + wanted - 1) / wanted, kMinRowsPerChunk});
     chunks = (columns.rows + rows_per_chunk - 1) / rows_per_chunk + (columns.tail ? 1 : 0);
@@ -188,11 +197,12 @@ struct ColumnBlocks {
   // f(chunk, first column, columns, first element, rows)
   template <class F>
   void for_task(int64_t task, F f) const {
-    const int64_t chunk = task / blocks, c0 = task % blocks * block;
+    const int64_t chunk = task / blocks, within = task % blocks_in_run * block;
+    const int64_t c0 = task % blocks / blocks_in_run * run + within;
     const bool tail = columns.tail && chunk == chunks - 1;
     const int64_t r0 = tail ? columns.rows : chunk * rows_per_chunk;
     const int64_t rows = tail ? 1 : std::min(rows_per_chunk, columns.rows - r0);
-    const int64_t n = std::min(block, (tail ? columns.tail : columns.width) - c0);
+    const int64_t n = std::min(block, tail ? columns.tail - c0 : run - within);
     if (n > 0) f(chunk, c0, n, r0 * columns.width + c0, rows);
   }
 };
@@ -251,7 +261,7 @@ void run_segments(const Args& a, const InnerLoops& loops, const Tensor& like) {
     segments.for_each(task, [&](int64_t segment, int64_t row, int64_t i, int64_t n) {
       double p[4 * Op::sets], sums[4] = {};
       segment_parameters<Op::sets>(a.parameters, row % a.plan.count, p);
-      loops.segment(operands_at(a, i), n, p, stream, sums);
+      loops.segment(operands_at(a, i, 0), n, p, stream, sums);
       if (Op::sums) std::copy_n(sums, 4, partial + segment * 4);
     });
   });
@@ -267,7 +277,7 @@ void run_segments(const Args& a, const InnerLoops& loops, const Tensor& like) {
 
 template <class Op, class T>
 void run_columns(const Args& a, const InnerLoops& loops, const Tensor& like) {
-  const ColumnBlocks blocks(a.plan);
+  const ColumnBlocks blocks(a);
   const bool stream = beyond_caches(a.plan, a.dtype);
   const int64_t count = a.plan.count, inner = a.plan.inner, fold = blocks.columns.fold, slots = fold * count;
   // Sums over a chunk's rows and the `inner` columns of a parameter: [chunk][q][fold][count]. Where a task has whole
@@ -280,7 +290,7 @@ void run_columns(const Args& a, const InnerLoops& loops, const Tensor& like) {
     blocks.for_task(task, [&](int64_t chunk, int64_t c0, int64_t n, int64_t i, int64_t rows) {
       const ColumnParameters<T, Op::sets> p(a.parameters, a.plan, fold, c0, n);
       T sums[Op::sums ? 4 * kSumStride : 1];
-      loops.columns(operands_at(a, i), rows, blocks.columns.width, n, p, stream, sums);
+      loops.columns(operands_at(a, i, blocks.columns.width), rows, blocks.columns.width, n, p, stream, sums);
       if (!Op::sums) return;
       const int64_t first = c0 / inner, complete = (n + inner - 1) / inner;
       if (inner > 1)
@@ -310,7 +320,7 @@ void run(const Args& a, const Tensor& like) {
   const InnerLoops& loops = loops_for(a.dtype)[a.operation];
   dispatch_operation(a.operation, [&](auto operation) {
     using Op = decltype(operation);
-    const bool by_segments = a.plan.inner >= kMinSegment;
+    const bool by_segments = a.plan.inner >= kMinSegment;  // so it has no runs
     if (a.dtype == at::kDouble)
       (by_segments ? run_segments<Op, double> : run_columns<Op, double>)(a, loops, like);
     else

@@ -22,6 +22,8 @@ struct Operands {
   const void* in[kMaxInputs];
   int in_stride[kMaxInputs];
   void* out[kMaxOutputs];
+  // Elements from row to row, for pitched operations.
+  int64_t in_row[kMaxInputs], out_row[kMaxOutputs];
 };
 
 // With `stream` the outputs may be stored past the caches.
@@ -30,7 +32,8 @@ struct InnerLoops {
   // to sums[0..3].
   void (*segment)(const Operands&, int64_t n, const double* p, bool stream, double* sums);
 
-  // A block of columns: rows × columns elements, `stride` elements from row to row. Column c has the parameters
+  // A block of columns: rows × columns elements, `stride` elements from row to row (or, of pitched operations, in_row and
+  // out_row). Column c has the parameters
   // p[q][c], in the arithmetic type, readable up to the next multiple of kColumnMultiple. Writes column c's parameter
   // gradients to sums[q·kSumStride + c], in the arithmetic type.
   void (*columns)(const Operands&, int64_t rows, int64_t stride, int64_t columns, const void* const* p, bool stream,
@@ -38,7 +41,7 @@ struct InnerLoops {
 };
 
 struct InnerLoopsByOperation {
-  InnerLoops forward, backward, double_backward;
+  InnerLoops forward, backward, double_backward, glu_forward, glu_backward;
 
   const InnerLoops& operator[](Operation operation) const {
     switch (operation) {
@@ -46,8 +49,12 @@ struct InnerLoopsByOperation {
         return forward;
       case Operation::backward:
         return backward;
-      default:
+      case Operation::double_backward:
         return double_backward;
+      case Operation::glu_forward:
+        return glu_forward;
+      default:
+        return glu_backward;
     }
   }
 };

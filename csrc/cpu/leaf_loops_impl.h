@@ -55,6 +55,7 @@ struct Operands {
 
   const S* in[Op::inputs];
   S* out[Op::outputs];
+  int64_t in_row[Op::inputs], out_row[Op::outputs];  // of pitched operations
 
   static constexpr bool is_repeated(int k) { return Repeated >> k & 1; }
   // A missing output is one of an operation with sums, for those alone.
@@ -73,15 +74,35 @@ struct Operands {
     if (wants(k)) ::store_n(out[k] + i, v, n);
   }
 
-  // Element i's line of each operand.
-  void prefetch(int64_t i) const {
+  // Elements from row to row of a block of columns.
+  int64_t in_stride(int k, int64_t stride) const { return Op::pitched ? in_row[k] : stride; }
+  int64_t out_stride(int k, int64_t stride) const { return Op::pitched ? out_row[k] : stride; }
+
+  // At the same column of the row that is `row` further on.
+  Operands at_row(int64_t row, int64_t stride) const {
+    Operands a = *this;
 #pragma GCC unroll 8
     for (int k = 0; k < Op::inputs; ++k)
-      if (!is_repeated(k)) ::prefetch(in[k] + i);
-    if (Streamed) return;
+      if (!is_repeated(k)) a.in[k] += row * in_stride(k, stride);
 #pragma GCC unroll 8
     for (int k = 0; k < Op::outputs; ++k)
-      if (wants(k)) prefetch_to_write(out[k] + i);
+      if (wants(k)) a.out[k] += row * out_stride(k, stride);
+    return a;
+  }
+
+  // The lines of row r's column c, and `ahead` rows further on.
+  void prefetch(int64_t r, int64_t c, int64_t ahead, int64_t stride) const {
+#pragma GCC unroll 8
+    for (int k = 0; k < Op::inputs; ++k) {
+      const int64_t row = in_stride(k, stride);
+      if (!is_repeated(k)) ::prefetch(in[k] + (r * row + c + ahead * row));
+    }
+    if (Streamed) return;
+#pragma GCC unroll 8
+    for (int k = 0; k < Op::outputs; ++k) {
+      const int64_t row = out_stride(k, stride);
+      if (wants(k)) prefetch_to_write(out[k] + (r * row + c + ahead * row));
+    }
   }
 };
 
@@ -168,22 +189,22 @@ struct Block {
 // kTile short ones, each in pages of its own.
 constexpr int kTile = 4;
 
-// One vector of columns, or its first n if Partial, in each of a tile's rows; `first` is the tile's first element,
-// `ahead` elements from the next tile's. Adds to a[q·kSumStride + c].
+// One vector of columns, or its first n if Partial, in each of a tile's rows; the operands are at the tile's first, the
+// next tile is `ahead` rows away. Adds to a[q·kSumStride + c].
 template <int Rows, bool Partial, class O>
-LEAF_FUNCTION void tile_vector(const Block<O>& b, int64_t first, int64_t ahead, int64_t c, int64_t n,
+LEAF_FUNCTION void tile_vector(const Block<O>& b, const O& operands, int64_t ahead, int64_t c, int64_t n,
                                typename O::T* a) {
   using Op = typename O::Op;
   using V = typename O::V;
-  const auto& operands = b.operands;
   Parameters<V> p[Op::sets];
   b.parameters.load_at(c, p);
   V in[Rows][Op::inputs], out[Op::outputs], sum[4];
-  const auto element = [&](int r) { return first + r * b.stride + c; };
   const auto load_row = [&](int r) {
 #pragma GCC unroll 8
-    for (int k = 0; k < Op::inputs; ++k)
-      in[r][k] = Partial ? operands.load_n(k, element(r), n) : operands.load(k, element(r));
+    for (int k = 0; k < Op::inputs; ++k) {
+      const int64_t i = r * operands.in_stride(k, b.stride) + c;
+      in[r][k] = Partial ? operands.load_n(k, i, n) : operands.load(k, i);
+    }
   };
   // Without sums there are registers for all rows' inputs, and none waits for an output's store.
   if (!Op::sums)
@@ -191,31 +212,34 @@ LEAF_FUNCTION void tile_vector(const Block<O>& b, int64_t first, int64_t ahead, 
     for (int r = 0; r < Rows; ++r) load_row(r);
   if (!Op::sums && !Partial)
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) operands.prefetch(element(r) + ahead);
+    for (int r = 0; r < Rows; ++r) operands.prefetch(r, c, ahead, b.stride);
   if (Op::sums)
     for (int q = 0; q < 4; ++q) sum[q] = load(a + q * kSumStride + c);
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
     if (Op::sums) load_row(r);
-    if (Op::sums && !Partial) operands.prefetch(element(r) + ahead);
+    if (Op::sums && !Partial) operands.prefetch(r, c, ahead, b.stride);
     Op::template apply<typename O::M>(in[r], p, out, sum);
 #pragma GCC unroll 8
-    for (int k = 0; k < Op::outputs; ++k)
+    for (int k = 0; k < Op::outputs; ++k) {
+      const int64_t i = r * operands.out_stride(k, b.stride) + c;
       if (Partial)
-        operands.store_n(k, element(r), out[k], n);
+        operands.store_n(k, i, out[k], n);
       else
-        operands.store(k, element(r), out[k]);
+        operands.store(k, i, out[k]);
+    }
   }
   if (Op::sums)
     for (int q = 0; q < 4; ++q) store(a + q * kSumStride + c, sum[q]);
 }
 
 template <int Rows, class O>
-LEAF_FUNCTION void tile(const Block<O>& b, int64_t first, int64_t ahead, typename O::T* a) {
+LEAF_FUNCTION void tile(const Block<O>& b, int64_t row, int64_t ahead, typename O::T* a) {
   constexpr int lanes = O::M::lanes;
+  const O operands = b.operands.at_row(row, b.stride);
   int64_t c = 0;
-  for (; c + lanes <= b.columns; c += lanes) tile_vector<Rows, false>(b, first, ahead, c, lanes, a);
-  if (c < b.columns) tile_vector<Rows, true>(b, first, 0, c, b.columns - c, a);
+  for (; c + lanes <= b.columns; c += lanes) tile_vector<Rows, false>(b, operands, ahead, c, lanes, a);
+  if (c < b.columns) tile_vector<Rows, true>(b, operands, 0, c, b.columns - c, a);
 }
 
 // Rows first ... end of the block; adds to a[q·kSumStride + c]. (Each operation its own function: in one that also
@@ -223,8 +247,8 @@ LEAF_FUNCTION void tile(const Block<O>& b, int64_t first, int64_t ahead, typenam
 template <class O>
 __attribute__((noinline)) void rows(Block<O> b, int64_t first, int64_t end, typename O::T* a) {
   int64_t r = first;
-  for (; r + kTile <= end; r += kTile) tile<kTile>(b, r * b.stride, r + 2 * kTile <= b.rows ? kTile * b.stride : 0, a);
-  for (; r < end; ++r) tile<1>(b, r * b.stride, 0, a);
+  for (; r + kTile <= end; r += kTile) tile<kTile>(b, r, r + 2 * kTile <= b.rows ? kTile : 0, a);
+  for (; r < end; ++r) tile<1>(b, r, 0, a);
 }
 
 template <class O>
@@ -265,7 +289,11 @@ struct Typed {
       for (S& x : repeated[k]) x = *a.in[k];
       a.in[k] = repeated[k];
     }
-    for (int k = 0; k < Op::outputs; ++k) a.out[k] = static_cast<S*>(given.out[k]);
+    for (int k = 0; k < Op::inputs; ++k) a.in_row[k] = given.in_row[k];
+    for (int k = 0; k < Op::outputs; ++k) {
+      a.out[k] = static_cast<S*>(given.out[k]);
+      a.out_row[k] = given.out_row[k];
+    }
     f(a);
     if (Streamed) end_of_stream();
   }
@@ -285,9 +313,10 @@ struct Typed {
   }
 
   static bool are_aligned(const Given& given, int64_t stride) {
-    bool aligned = stride % lanes == 0;
+    bool aligned = true;
     for (int k = 0; k < Op::outputs; ++k)
-      aligned = aligned && reinterpret_cast<uintptr_t>(given.out[k]) % (lanes * sizeof(S)) == 0;
+      aligned = aligned && reinterpret_cast<uintptr_t>(given.out[k]) % (lanes * sizeof(S)) == 0 &&
+                (Op::pitched ? given.out_row[k] : stride) % lanes == 0;
     return aligned;
   }
 
@@ -312,7 +341,8 @@ constexpr leaf_cuda::cpu::InnerLoops loops() {
 
 template <class S>
 constexpr leaf_cuda::cpu::InnerLoopsByOperation loops_by_operation() {
-  return {loops<leaf_cuda::Forward, S>(), loops<leaf_cuda::Backward, S>(), loops<leaf_cuda::DoubleBackward, S>()};
+  return {loops<leaf_cuda::Forward, S>(), loops<leaf_cuda::Backward, S>(), loops<leaf_cuda::DoubleBackward, S>(),
+          loops<leaf_cuda::GluForward, S>(), loops<leaf_cuda::GluBackward, S>()};
 }
 
 }  // namespace

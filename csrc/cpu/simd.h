@@ -81,6 +81,14 @@ inline SimdTypes<double, int64_t>::V scale(SimdTypes<double, int64_t>::V x, Simd
 }
 #endif
 
+#if LEAF_VECTOR_BYTES == 64
+inline SimdTypes<float, int32_t>::V fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+inline SimdTypes<double, int64_t>::V fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
+#elif LEAF_VECTOR_BYTES == 32
+inline SimdTypes<float, int32_t>::V fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+inline SimdTypes<double, int64_t>::V fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+#endif
+
 template <class Scalar>
 struct Simd : SimdTypes<Scalar, typename ExpConstants<Scalar>::Int> {
   using Types = SimdTypes<Scalar, typename ExpConstants<Scalar>::Int>;
@@ -100,6 +108,13 @@ struct Simd : SimdTypes<Scalar, typename ExpConstants<Scalar>::Int> {
     return least == 0 ? (bit_cast<I>(x) < 0 ? b : a) : (x >= least ? a : b);
   }
   static V reciprocal(V x) { return 1 / x; }
+  static V multiply_add(V a, V b, V c) {
+#if LEAF_VECTOR_BYTES >= 32
+    return fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+  }
 
   static V exp_neg_abs(V z) {
     const V x = bit_cast<V>(bit_cast<I>(z) | bit_cast<I>(broadcast(Scalar(-0.0))));

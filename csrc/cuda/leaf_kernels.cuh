@@ -25,6 +25,7 @@ struct DoubleMath {
   using T = double;
   static __device__ __forceinline__ double exp_neg_abs(double z) { return exp(-fabs(z)); }
   static __device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
+  static __device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
   static __device__ __forceinline__ double select(double x, double least, double a, double b) {
     return x >= least ? a : b;
   }
@@ -33,6 +34,7 @@ struct DoubleMath {
 struct FloatMath {
   using T = float;
   static __device__ __forceinline__ float exp_neg_abs(float z) { return expf(-fabsf(z)); }
+  static __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
   // The approximate reciprocal and a Newton step: within 1 ulp, without the full division's slow path.
   static __device__ __forceinline__ float reciprocal(float x) {
     const float r = __fdividef(1.0f, x);

@@ -29,8 +29,9 @@ struct Data {
   const void* p[leaf_cuda::kMaxParameters];
 
   Data() {
-    for (int k = 0; k < leaf_cuda::kMaxInputs; ++k) operands.in[k] = in[k], operands.in_stride[k] = 1;
-    for (int k = 0; k < leaf_cuda::kMaxOutputs; ++k) operands.out[k] = out[k];
+    for (int k = 0; k < leaf_cuda::kMaxInputs; ++k)
+      operands.in[k] = in[k], operands.in_stride[k] = 1, operands.in_row[k] = kColumns;
+    for (int k = 0; k < leaf_cuda::kMaxOutputs; ++k) operands.out[k] = out[k], operands.out_row[k] = kColumns;
     for (int q = 0; q < leaf_cuda::kMaxParameters; ++q) p[q] = parameters[q];
   }
 };
@@ -75,7 +76,9 @@ constexpr Loop kLoops[] = {{"forward, one set", segment, &InnerLoopsByOperation:
                            {"forward, per column", columns, &InnerLoopsByOperation::forward},
                            {"backward, per column", columns, &InnerLoopsByOperation::backward},
                            {"double backward, one set", segment, &InnerLoopsByOperation::double_backward},
-                           {"double backward, per column", columns, &InnerLoopsByOperation::double_backward}};
+                           {"double backward, per column", columns, &InnerLoopsByOperation::double_backward},
+                           {"glu forward, per column", columns, &InnerLoopsByOperation::glu_forward},
+                           {"glu backward, per column", columns, &InnerLoopsByOperation::glu_backward}};
 constexpr int kLoopCount = sizeof(kLoops) / sizeof(Loop);
 
 struct Target {
