@@ -38,15 +38,16 @@ at::Tensor sum_in_order(const at::Tensor& x, at::IntArrayRef dims) {
 
 }  // namespace
 
-Broadcast::Broadcast(const at::Tensor& u, at::ArrayRef<at::Tensor> parameters) : sizes_(u.sizes()) {
+Broadcast::Broadcast(const at::Tensor& u, at::ArrayRef<at::Tensor> parameters, bool by_lines) : sizes_(u.sizes()) {
   at::DimVector order;
   for (int64_t d = 0; d < u.dim(); ++d)
-    if (sizes_[d] != 1) order.push_back(d);
-  if (!u.is_contiguous())
+    if (sizes_[d] != 1 || (by_lines && d == u.dim() - 1)) order.push_back(d);
+  if (!by_lines && !u.is_contiguous())
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return u.stride(a) > u.stride(b); });
 
   const auto varies = [&](int64_t d) {
-    return std::any_of(parameters.begin(), parameters.end(),
+    return (by_lines && d == u.dim() - 1) ||
+           std::any_of(parameters.begin(), parameters.end(),
                        [&](const at::Tensor& p) { return size_along(p, d, u.dim()) != 1; });
   };
   const auto first = std::find_if(order.begin(), order.end(), varies);

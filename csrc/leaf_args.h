@@ -26,8 +26,8 @@ struct Args {
   void* out[kMaxOutputs];     // null if not needed; one may be u
   void* dp[4];                // `count` values of dp_dtype each; null if not needed
   c10::ScalarType dp_dtype;
-  // For pitched operations: element i of an operand is at i / run · its pitch + i % run; the plan's `inner` is then 1 and
-  // its `count` a multiple of `run`. With a run of 0 all operands are in memory order, without gaps.
+  // For pitched operations: element i of an operand is at i / run · its pitch + i % run; the plan's `inner` is then 1
+  // and its `count` a multiple of `run`. With a run of 0 all operands are in memory order, without gaps.
   int64_t run;
   int64_t in_pitch[kMaxInputs], out_pitch[kMaxOutputs];
 };

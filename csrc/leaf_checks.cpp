@@ -5,39 +5,41 @@ namespace {
 
 bool is_half(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
 
-void check_parameter(const char* name, const Tensor& p, const Tensor& p1, const Tensor& u) {
+void check_parameter(const Names& names, const char* name, const Tensor& p, const Tensor& p1, const Tensor& u) {
   const auto u_type = u.scalar_type(), type = p.scalar_type();
-  TORCH_CHECK_TYPE(type == u_type || (is_half(u_type) && type == at::kFloat), "leaf: ", name, " has dtype ", type,
-                   ", but u of dtype ", u_type, " takes parameters of dtype ", u_type,
+  TORCH_CHECK_TYPE(type == u_type || (is_half(u_type) && type == at::kFloat), names.function, ": ", name, " has dtype ",
+                   type, ", but ", names.u, " of dtype ", u_type, " takes parameters of dtype ", u_type,
                    is_half(u_type) ? " or Float" : "");
-  TORCH_CHECK_TYPE(type == p1.scalar_type(), "leaf: ", name, " has dtype ", type, " and p1 ", p1.scalar_type(),
-                   "; all parameters take one dtype");
-  TORCH_CHECK_VALUE(p.device() == u.device(), "leaf: ", name, " is on ", p.device(), ", but u is on ", u.device(),
-                    "; all tensors take one device");
+  TORCH_CHECK_TYPE(type == p1.scalar_type(), names.function, ": ", name, " has dtype ", type, " and p1 ",
+                   p1.scalar_type(), "; all parameters take one dtype");
+  TORCH_CHECK_VALUE(p.device() == u.device(), names.function, ": ", name, " is on ", p.device(), ", but ", names.u,
+                    " is on ", u.device(), "; all tensors take one device");
   const auto u_sizes = u.sym_sizes(), sizes = p.sym_sizes();
   const int64_t offset = u.dim() - p.dim();
   for (int64_t d = 0; d < p.dim(); ++d) {
     const bool fits = TORCH_GUARD_OR_FALSE(sizes[d].sym_eq(1)) ||
                       (offset + d >= 0 && sizes[d].sym_eq(u_sizes[offset + d]).guard_bool(__FILE__, __LINE__));
-    TORCH_CHECK_VALUE(fits, "leaf: ", name, " of shape ", sizes, " does not broadcast to u of shape ", u_sizes,
-                      "; its dimensions, aligned to the right, take 1 or u's size");
+    TORCH_CHECK_VALUE(fits, names.function, ": ", name, " of shape ", sizes, " does not broadcast to ", names.u,
+                      " of shape ", u_sizes, "; its dimensions, aligned to the right, take 1 or ", names.u, "'s size");
   }
 }
 
 }  // namespace
 
-void check(const Tensor& u, const ParameterList& parameters) {
+void check(const Tensor& u, const ParameterList& parameters, const Names& names) {
   TORCH_CHECK_TYPE(u.scalar_type() == at::kDouble || u.scalar_type() == at::kFloat || is_half(u.scalar_type()),
-                   "leaf: u has dtype ", u.scalar_type(), "; it takes Double, Float, BFloat16 or Half");
+                   names.function, ": ", names.u, " has dtype ", u.scalar_type(),
+                   "; it takes Double, Float, BFloat16 or Half");
   for (int q = 0; q < 4; ++q)
-    if (parameters[q]) check_parameter(kNames[q], *parameters[q], *parameters[0], u);
+    if (parameters[q]) check_parameter(names, kNames[q], *parameters[q], *parameters[0], u);
 }
 
-void check_layout(const Tensor& u, const ParameterList& parameters) {
-  TORCH_CHECK_TYPE(u.layout() == at::kStrided, "leaf: u has layout ", u.layout(), "; it takes Strided");
+void check_layout(const Tensor& u, const ParameterList& parameters, const Names& names) {
+  TORCH_CHECK_TYPE(u.layout() == at::kStrided, names.function, ": ", names.u, " has layout ", u.layout(),
+                   "; it takes Strided");
   for (int q = 0; q < 4; ++q)
-    TORCH_CHECK_TYPE(!parameters[q] || parameters[q]->layout() == at::kStrided, "leaf: ", kNames[q], " has layout ",
-                     parameters[q]->layout(), "; it takes Strided");
+    TORCH_CHECK_TYPE(!parameters[q] || parameters[q]->layout() == at::kStrided, names.function, ": ", kNames[q],
+                     " has layout ", parameters[q]->layout(), "; it takes Strided");
 }
 
 void check_like(const char* name, const Tensor& t, const char* like_name, const Tensor& like) {

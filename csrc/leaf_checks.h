@@ -7,10 +7,16 @@ namespace leaf_cuda {
 
 constexpr const char* kNames[] = {"p1", "p2", "p3", "p4"};
 
-void check(const Tensor& u, const ParameterList& parameters);
+// How messages call the operator and its u.
+struct Names {
+  const char* function = "leaf";
+  const char* u = "u";
+};
+
+void check(const Tensor& u, const ParameterList& parameters, const Names& names = {});
 
 // Ahead of the dispatch by layout, which knows no names.
-void check_layout(const Tensor& u, const ParameterList& parameters);
+void check_layout(const Tensor& u, const ParameterList& parameters, const Names& names = {});
 
 // t, called `name` ("leaf_backward: grad"), has the dtype, the device and the shape of `like`.
 void check_like(const char* name, const Tensor& t, const char* like_name, const Tensor& like);

@@ -1,124 +1,14 @@
 #include "leaf_ops.h"
 
-#include <ATen/OpMathType.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
-#include "broadcast.h"
 #include "leaf_checks.h"
+#include "leaf_pass.h"
 
 namespace leaf_cuda {
-namespace {
-
-// ---- execution ------------------------------------------------------------------------------------------------------
-
-// A tensor like u for a result, and the tensor to read u from: u itself, or the result filled with u where u has gaps
-// or overlaps.
-Tensor result_like(const Tensor& u, Tensor& source) {
-  Tensor result = at::empty_like(u);
-  source = u.is_non_overlapping_and_dense() ? u : result.copy_(u);
-  return result;
-}
-
-bool same_layout(const Tensor& a, const Tensor& b) {
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
-  return true;
-}
-
-bool is_one_element(const Tensor& t) {
-  for (int64_t d = 0; d < t.dim(); ++d)
-    if (t.size(d) != 1 && t.stride(d) != 0) return false;
-  return true;
-}
-
-Broadcast make_broadcast(const Tensor& u, at::ArrayRef<OptionalTensor> parameters) {
-  c10::SmallVector<Tensor, kMaxParameters> given;
-  for (const OptionalTensor& p : parameters)
-    if (p) given.push_back(*p);
-  return Broadcast(u, given);
-}
-
-// One pass over a dense u: its plan and arguments, and what must live until it has run.
-class Pass {
- public:
-  // parameters: one set or more; the first's are those that gradients are of.
-  Pass(Operation operation, const Tensor& u, at::ArrayRef<OptionalTensor> parameters)
-      : broadcast_(make_broadcast(u, parameters)), u_(u) {
-    args_.operation = operation;
-    args_.plan = broadcast_.plan();
-    args_.dtype = u.scalar_type();
-    args_.parameters.dtype = parameters[0]->scalar_type();
-    for (size_t q = 0; q < parameters.size(); ++q) {
-      if (q < 4) own_[q] = parameters[q];
-      if (!parameters[q]) continue;
-      flat_[q] = broadcast_.flatten(*parameters[q]);
-      args_.parameters.p[q] = flat_[q].const_data_ptr();
-      args_.parameters.stride[q] = flat_[q].numel() == 1 ? 0 : 1;
-    }
-    args_.in[0] = u.const_data_ptr();
-    args_.in_stride[0] = 1;
-  }
-
-  // t has u's shape, in any layout. In the order of the operation, behind u.
-  void add_input(const Tensor& t) {
-    const bool one = is_one_element(t);
-    inputs_[next_input_] = one || same_layout(t, u_) ? t : at::empty_like(u_).copy_(t);
-    args_.in[next_input_] = inputs_[next_input_].const_data_ptr();
-    args_.in_stride[next_input_++] = one ? 0 : 1;
-  }
-
-  // t has u's layout, or is undefined where it is not wanted. It may be u.
-  void add_output(const Tensor& t) { args_.out[next_output_++] = t.defined() ? t.mutable_data_ptr() : nullptr; }
-
-  void run(Run by) { by(args_, u_); }
-
-  // The gradients of the first set's parameters, those that are wanted and there.
-  std::array<Tensor, 4> run_with_sums(Run by, std::array<bool, 4> wanted) {
-    // Where every gradient has its parameter's own shape, the loops write it; else it is summed to that shape from
-    // `count` values in the arithmetic dtype.
-    bool flat = true;
-    for (int q = 0; q < 4; ++q) {
-      wanted[q] = wanted[q] && own_[q];
-      flat = flat && (!wanted[q] || broadcast_.is_flat(*own_[q]));
-    }
-    args_.dp_dtype = flat ? args_.parameters.dtype : at::toOpMathType(args_.dtype);
-    std::array<Tensor, 4> dp;
-    for (int q = 0; q < 4; ++q) {
-      if (!wanted[q]) continue;
-      dp[q] = flat ? at::empty(own_[q]->sizes(), own_[q]->options())
-                   : at::empty({args_.plan.count}, u_.options().dtype(args_.dp_dtype));
-      args_.dp[q] = dp[q].mutable_data_ptr();
-    }
-    run(by);
-    if (flat) return dp;
-    flat_ = {};
-    for (int q = 0; q < 4; ++q)
-      if (wanted[q]) dp[q] = broadcast_.unflatten(dp[q], *own_[q]);
-    return dp;
-  }
-
- private:
-  Broadcast broadcast_;
-  const Tensor& u_;
-  ParameterList own_;
-  std::array<Tensor, kMaxParameters> flat_;
-  std::array<Tensor, kMaxInputs> inputs_;
-  Args args_{};
-  int next_input_ = 1, next_output_ = 0;
-};
-
-// What `run_with_sums` gives of no elements.
-std::array<Tensor, 4> no_sums(const ParameterList& parameters, std::array<bool, 4> wanted) {
-  std::array<Tensor, 4> dp;
-  for (int q = 0; q < 4; ++q)
-    if (wanted[q] && parameters[q]) dp[q] = at::zeros(parameters[q]->sizes(), parameters[q]->options());
-  return dp;
-}
-
-}  // namespace
 
 Tensor leaf_forward(Run run, const Tensor& u, const Tensor& p1, const OptionalTensor& p2, const Tensor& p3,
                     const OptionalTensor& p4) {
@@ -173,8 +63,6 @@ SixTensors leaf_double_backward(Run run, const OptionalTensor& v, const Optional
   return finished(pass.run_with_sums(run, wanted));
 }
 
-namespace {
-
 // ---- meta -----------------------------------------------------------------------------------------------------------
 
 std::array<Tensor, 4> sums_meta(const ParameterList& parameters, std::array<bool, 4> wanted) {
@@ -183,6 +71,8 @@ std::array<Tensor, 4> sums_meta(const ParameterList& parameters, std::array<bool
     if (wanted[q] && parameters[q]) dp[q] = at::empty_symint(parameters[q]->sym_sizes(), parameters[q]->options());
   return dp;
 }
+
+namespace {
 
 Tensor leaf_forward_meta(const Tensor& u, const Tensor& p1, const OptionalTensor& p2, const Tensor& p3,
                          const OptionalTensor& p4) {
@@ -229,10 +119,16 @@ void define_operators(torch::Library& library) {
       " Tensor p1, Tensor? p2, Tensor p3, Tensor? p4, bool[6] output_mask)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
+  // Without b, a and b lie side by side in a's last dimension, and a's gradient is that of both.
+  library.def("leaf_glu_forward(Tensor a, Tensor? b, Tensor p1, Tensor? p2, Tensor p3, Tensor? p4) -> Tensor", tags);
+  library.def(
+      "leaf_glu_backward(Tensor grad, Tensor a, Tensor? b, Tensor p1, Tensor? p2, Tensor p3, Tensor? p4,"
+      " bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      tags);
 }
 
-bool is_unregistered(c10::DispatchKey key) {
-  const auto op = c10::Dispatcher::singleton().findOp({kForward, ""});
+bool is_unregistered(c10::DispatchKey key, const char* name) {
+  const auto op = c10::Dispatcher::singleton().findOp({name, ""});
   return !op || !op->hasKernelForDispatchKey(key);
 }
 

@@ -21,6 +21,8 @@ using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 constexpr const char* kForward = "leaf_cuda::leaf_forward";
 constexpr const char* kBackward = "leaf_cuda::leaf_backward";
 constexpr const char* kDoubleBackward = "leaf_cuda::leaf_double_backward";
+constexpr const char* kGluForward = "leaf_cuda::leaf_glu_forward";
+constexpr const char* kGluBackward = "leaf_cuda::leaf_glu_backward";
 
 // A backend: runs the operation over a plan with at least one element. On u's device it may allocate a workspace.
 using Run = void (*)(const Args&, const Tensor& u);
@@ -35,11 +37,20 @@ SixTensors leaf_double_backward(Run run, const OptionalTensor& v, const Optional
                                 const Tensor& p1, const OptionalTensor& p2, const Tensor& p3, const OptionalTensor& p4,
                                 std::array<bool, 6> mask);
 
+Tensor leaf_glu_forward(Run run, const Tensor& a, const OptionalTensor& b, const Tensor& p1, const OptionalTensor& p2,
+                        const Tensor& p3, const OptionalTensor& p4);
+SixTensors leaf_glu_backward(Run run, const Tensor& grad, const Tensor& a, const OptionalTensor& b, const Tensor& p1,
+                             const OptionalTensor& p2, const Tensor& p3, const OptionalTensor& p4,
+                             std::array<bool, 6> mask);
+
+// The gradients of parameters, on the meta device.
+std::array<Tensor, 4> sums_meta(const ParameterList& parameters, std::array<bool, 4> wanted);
+
 void define_operators(torch::Library& library);
 
 // Whether no copy of this library has registered the operator for the key yet. One may have: _C and the C++
 // library in one process.
-bool is_unregistered(c10::DispatchKey key);
+bool is_unregistered(c10::DispatchKey key, const char* name = kForward);
 
 // f with its first argument, a Run, bound to `run`: what the dispatcher takes.
 template <auto f, Run run, class F = decltype(f)>
@@ -54,6 +65,8 @@ void implement_operators(torch::Library& library) {
   library.impl("leaf_forward", By<leaf_forward, run>::call);
   library.impl("leaf_backward", By<leaf_backward, run>::call);
   library.impl("leaf_double_backward", By<leaf_double_backward, run>::call);
+  library.impl("leaf_glu_forward", By<leaf_glu_forward, run>::call);
+  library.impl("leaf_glu_backward", By<leaf_glu_backward, run>::call);
 }
 
 }  // namespace leaf_cuda

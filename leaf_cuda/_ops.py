@@ -34,6 +34,8 @@ _C = _load()
 leaf_forward = torch.ops.leaf_cuda.leaf_forward.default
 leaf_backward = torch.ops.leaf_cuda.leaf_backward.default
 leaf_double_backward = torch.ops.leaf_cuda.leaf_double_backward.default
+leaf_glu_forward = torch.ops.leaf_cuda.leaf_glu_forward.default
+leaf_glu_backward = torch.ops.leaf_cuda.leaf_glu_backward.default
 
 
 _KEYS = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}

@@ -81,6 +81,26 @@ def double_backward_rule(leaf_double_backward):
     return rule
 
 
+def _glu_forward(info, in_dims, a, b, *parameters):
+    size = info.batch_size
+    a = _batch_first(a, in_dims[0], size)
+    b = b if b is None else _batch_first(b, in_dims[1], size)
+    aligned = [_aligned(p, dim, size, a.dim() - 1, own=False) for p, dim in zip(parameters, in_dims[2:])]
+    return _ops.leaf_glu_forward(a, b, *aligned), 0
+
+
+def _glu_backward(info, in_dims, grad, a, b, *rest):
+    *parameters, mask = rest
+    dims, size = in_dims[3:7], info.batch_size
+    grad, a = _batch_first(grad, in_dims[0], size), _batch_first(a, in_dims[1], size)
+    b = b if b is None else _batch_first(b, in_dims[2], size)
+    aligned = [_aligned(p, dim, size, a.dim() - 1, own) for p, dim, own in zip(parameters, dims, mask[2:])]
+    da, db, *dp = _ops.leaf_glu_backward(grad, a, b, *aligned, mask)
+    return _with_dims((da, db, *_unaligned(dp, parameters, dims, size)))
+
+
 torch.library.register_vmap("leaf_cuda::leaf_forward", forward_rule(_ops.leaf_forward))
 torch.library.register_vmap("leaf_cuda::leaf_backward", backward_rule(_ops.leaf_backward))
 torch.library.register_vmap("leaf_cuda::leaf_double_backward", double_backward_rule(_ops.leaf_double_backward))
+torch.library.register_vmap("leaf_cuda::leaf_glu_forward", _glu_forward)
+torch.library.register_vmap("leaf_cuda::leaf_glu_backward", _glu_backward)

@@ -36,23 +36,23 @@ def _warn_fallback(device: str) -> None:
     )
 
 
-def _as_tensors(u: Tensor, given: dict) -> list[Tensor | None]:
+def _as_tensors(function: str, u: Tensor, parameters) -> list[Tensor | None]:
     """The parameters with tensors in the place of numbers, all in the arithmetic dtype: half precision would round the
     numbers."""
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     tensors = []
-    for name, p in given.items():
+    for name, p in zip(("p1", "p2", "p3", "p4"), parameters, strict=True):
         optional = name in ("p2", "p4")
         if isinstance(p, numbers.Real) and not isinstance(p, bool):
             try:
                 p = torch.full((), float(p), dtype=dtype, device=u.device)
             except OverflowError:
-                raise ValueError(f"leaf: {name} is {p}; it takes a number in the range of {dtype}") from None
+                raise ValueError(f"{function}: {name} is {p}; it takes a number in the range of {dtype}") from None
         elif isinstance(p, Tensor) and p.dtype in (torch.float16, torch.bfloat16):
             p = p.to(dtype)
         elif not (isinstance(p, Tensor) or (optional and p is None)):
             takes = "a tensor, a real number or None" if optional else "a tensor or a real number"
-            raise TypeError(f"leaf: {name} is of type {type(p).__name__}; it takes {takes}")
+            raise TypeError(f"{function}: {name} is of type {type(p).__name__}; it takes {takes}")
         tensors.append(p)
     return tensors
 
@@ -87,7 +87,7 @@ def leaf(u: Tensor, p1, p2, p3, p4) -> Tensor:
             return torch.overrides.handle_torch_function(leaf, given, *given)
         if not isinstance(u, Tensor):
             raise TypeError(f"leaf: u is of type {type(u).__name__}; it takes a tensor")
-        p1, p2, p3, p4 = _as_tensors(u, {"p1": p1, "p2": p2, "p3": p3, "p4": p4})
+        p1, p2, p3, p4 = _as_tensors("leaf", u, (p1, p2, p3, p4))
     sharding.prepare(u)
     if not _ops.has_kernel(u.device.type):
         y = _composite(u, p1, p2, p3, p4)
@@ -101,12 +101,65 @@ def leaf(u: Tensor, p1, p2, p3, p4) -> Tensor:
 
 
 def _composite(u: Tensor, *parameters: Tensor | None) -> Tensor:
-    for name, p in zip(("p1", "p2", "p3", "p4"), parameters):
-        if p is not None and p.device != u.device:
-            raise ValueError(f"leaf: {name} is on {p.device}, but u is on {u.device}; all tensors take one device")
-    with torch.no_grad():  # the operator's checks, without its work
-        _ops.leaf_forward(u.to("meta"), *(None if p is None else p.to("meta") for p in parameters))
+    _check("leaf", _ops.leaf_forward, {"u": u}, parameters)
     return reference.leaf(u, *parameters)
+
+
+def _check(function: str, operator, tensors: dict, parameters) -> None:
+    """The operator's checks, without its work."""
+    name, u = next(iter(tensors.items()))
+    named = {**tensors, **dict(zip(("p1", "p2", "p3", "p4"), parameters, strict=True))}
+    for other, t in named.items():
+        if t is not None and t.device != u.device:
+            raise ValueError(
+                f"{function}: {other} is on {t.device}, but {name} is on {u.device}; all tensors take one device"
+            )
+    with torch.no_grad():
+        operator(*(t if t is None else t.to("meta") for t in named.values()))
+
+
+def leaf_glu(a: Tensor, b: Tensor | None, p1, p2, p3, p4) -> Tensor:
+    """The gated linear unit with LEAF as its gate's activation, y = leaf(a; p1, p2, p3, p4)·b.
+
+    With the parameters of SiLU, (1, 0, 1, 0), it is SwiGLU; with ReLU's ReGLU, with Sigmoid's the GLU of Dauphin et al.
+    2017 (Shazeer 2020, "GLU Variants Improve Transformer", arXiv 2002.05202). Forward reads a and b once and writes y,
+    backward reads a, b and the gradient once and writes both gradients.
+
+    Args:
+        a: the gate, float64, float32, bfloat16 or float16, of any shape and layout; or, where ``b`` is None, a and b side
+            by side in the last dimension, (..., 2·H), which is not copied.
+        b: of a's shape and dtype, or None.
+        p1, p2, p3, p4: as :func:`leaf`'s; they broadcast to the shape of y.
+
+    Returns:
+        A tensor of a's shape, or of (..., H), and dtype.
+
+    Raises:
+        TypeError: an argument is no tensor or number, or its dtype does not fit.
+        ValueError: a parameter does not broadcast to a, b has another shape, a packed last dimension is odd, or a tensor
+            is on another device.
+    """
+    given = (a, b, p1, p2, p3, p4)
+    if torch.overrides.has_torch_function(given) and not all(t is None or isinstance(t, Tensor) for t in given):
+        return torch.overrides.handle_torch_function(leaf_glu, given, *given)
+    for name, t in (("a", a), ("b", b)):
+        if not (isinstance(t, Tensor) or (name == "b" and t is None)):
+            raise TypeError(
+                f"leaf_glu: {name} is of type {type(t).__name__}; it takes a tensor{' or None' * (name == 'b')}"
+            )
+    parameters = (p1, p2, p3, p4)
+    if not (
+        isinstance(p1, Tensor) and isinstance(p3, Tensor) and all(p is None or isinstance(p, Tensor) for p in (p2, p4))
+    ):
+        parameters = _as_tensors("leaf_glu", a, parameters)
+    sharding.prepare(a)
+    fallback = not _ops.has_kernel(a.device.type)
+    if fallback or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()):
+        _check("leaf_glu", _ops.leaf_glu_forward, {"a": a, "b": b}, parameters)
+        if fallback:
+            _warn_fallback(a.device.type)
+        return reference.leaf_glu(a, b, *parameters)
+    return _ops.leaf_glu_forward(a, b, *parameters)
 
 
 def ahaf(u: Tensor, beta, gamma) -> Tensor:

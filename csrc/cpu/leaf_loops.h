@@ -32,10 +32,9 @@ struct InnerLoops {
   // to sums[0..3].
   void (*segment)(const Operands&, int64_t n, const double* p, bool stream, double* sums);
 
-  // A block of columns: rows × columns elements, `stride` elements from row to row (or, of pitched operations, in_row and
-  // out_row). Column c has the parameters
-  // p[q][c], in the arithmetic type, readable up to the next multiple of kColumnMultiple. Writes column c's parameter
-  // gradients to sums[q·kSumStride + c], in the arithmetic type.
+  // A block of columns: rows × columns elements, `stride` elements from row to row (or, of pitched operations, in_row
+  // and out_row). Column c has the parameters p[q][c], in the arithmetic type, readable up to the next multiple of
+  // kColumnMultiple. Writes column c's parameter gradients to sums[q·kSumStride + c], in the arithmetic type.
   void (*columns)(const Operands&, int64_t rows, int64_t stride, int64_t columns, const void* const* p, bool stream,
                   void* sums);
 };

@@ -68,13 +68,17 @@ struct ColumnsLaunch {
   Columns columns;
   int64_t count, inner;
   int64_t slots;  // parameters in a row of the matrix: fold·count
+  int64_t line;   // of pitched operations: elements of an operand's line, which divides the width
   int64_t tiles, splits;
   int tx, ty, threads;
 };
 
-inline ColumnsLaunch plan_columns(const Plan& plan, int vector, int unroll, int64_t multiprocessors,
+// `run` is Args::run: 0, or what the width must be a multiple of, and vectors must divide.
+inline ColumnsLaunch plan_columns(const Plan& plan, int64_t run, int vector, int unroll, int64_t multiprocessors,
                                   int64_t element_bytes, int64_t sum_bytes) {
-  ColumnsLaunch c{columns_of(plan, vector, kMinColumnVectors * vector), plan.count, plan.inner};
+  ColumnsLaunch c{run ? columns_of(plan, 1, 1) : columns_of(plan, vector, kMinColumnVectors * vector), plan.count,
+                  plan.inner};
+  c.line = run ? run : c.columns.width;
   const int64_t rows = c.columns.rows + (c.columns.tail ? 1 : 0);
   c.slots = c.columns.fold * plan.count;
   const int64_t width = c.columns.width / vector;

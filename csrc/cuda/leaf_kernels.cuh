@@ -147,6 +147,20 @@ struct Operands {
   const S* in[Op::inputs];
   int stride[Op::inputs];  // 1, or 0 where all of the input is one element; u's is 1
   S* out[Op::outputs];     // or null
+  // Of pitched operations: elements from one line of the operand to the next.
+  int64_t in_pitch[Op::pitched ? Op::inputs : 1], out_pitch[Op::pitched ? Op::outputs : 1];
+
+  // An element, in each operand: `within` a line.
+  struct Place {
+    int64_t line, within;
+    __device__ __forceinline__ int64_t at(int64_t pitch) const { return Op::pitched ? line * pitch + within : within; }
+  };
+  __device__ __forceinline__ int64_t in_at(int k, const Place& place) const {
+    return place.at(in_pitch[Op::pitched ? k : 0]);
+  }
+  __device__ __forceinline__ int64_t out_at(int k, const Place& place) const {
+    return place.at(out_pitch[Op::pitched ? k : 0]);
+  }
 
   template <int N>
   struct Loaded {
@@ -155,11 +169,11 @@ struct Operands {
 
   // N consecutive elements of each input, or N times the one there is.
   template <int N>
-  __device__ __forceinline__ void load(int64_t i, Loaded<N>& to) const {
+  __device__ __forceinline__ void load(const Place& place, Loaded<N>& to) const {
 #pragma unroll
     for (int k = 0; k < Op::inputs; ++k) {
       if (k == 0 || stride[k]) {
-        to.in[k] = load_vector<S, N>(in[k] + i);
+        to.in[k] = load_vector<S, N>(in[k] + in_at(k, place));
       } else {
 #pragma unroll
         for (int e = 0; e < N; ++e) to.in[k].at[e] = *in[k];
@@ -167,10 +181,10 @@ struct Operands {
     }
   }
 
-  // Runs the operation on what was loaded from i on, in its place, and stores the outputs. With PerElement each of the
-  // N elements has its own parameters p[e·sets] and sums sum[e·4], else they share p and sum.
+  // Runs the operation on what was loaded from there, in the same registers, and stores the outputs. With PerElement
+  // each of the N elements has its own parameters p[e·sets] and sums sum[e·4], else they share p and sum.
   template <bool PerElement, int N>
-  __device__ __forceinline__ void run(int64_t i, Loaded<N>& loaded, const Parameters<Arithmetic<S>>* p,
+  __device__ __forceinline__ void run(const Place& place, Loaded<N>& loaded, const Parameters<Arithmetic<S>>* p,
                                       Arithmetic<S>* sum) const {
     static_assert(Op::outputs <= Op::inputs);
 #pragma unroll
@@ -184,20 +198,21 @@ struct Operands {
     }
 #pragma unroll
     for (int k = 0; k < Op::outputs; ++k)
-      if (!Op::sums || out[k]) store_vector(out[k] + i, loaded.in[k]);
+      if (!Op::sums || out[k]) store_vector(out[k] + out_at(k, place), loaded.in[k]);
   }
 
   // One element, loaded and run.
-  __device__ __forceinline__ void run_one(int64_t i, const Parameters<Arithmetic<S>>* p, Arithmetic<S>* sum) const {
+  __device__ __forceinline__ void run_one(const Place& place, const Parameters<Arithmetic<S>>* p,
+                                          Arithmetic<S>* sum) const {
     Loaded<1> loaded;
-    load(i, loaded);
-    run<false>(i, loaded, p, sum);
+    load(place, loaded);
+    run<false>(place, loaded, p, sum);
   }
 };
 
 // Blocks that a multiprocessor is to hold at once, which bounds the registers.
 template <class Op>
-constexpr int kMinBlocks = Op::sums ? 2 : 3;
+constexpr int kMinBlocks = Op::inputs == 1 ? 3 : 2;
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
@@ -289,16 +304,17 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op>)
 #pragma unroll
       for (int j = 0; j < Unroll; ++j) {
         slots[j] = cursor.slot();
-        if (slots[j].is_whole()) a.load(slots[j].first, loaded[j]);
+        if (slots[j].is_whole()) a.load({0, slots[j].first}, loaded[j]);
         cursor.advance();
       }
 #pragma unroll
       for (int j = 0; j < Unroll; ++j) {
         if (slots[j].is_whole()) {
-          a.template run<false>(slots[j].first, loaded[j], p, sum);
+          a.template run<false>({0, slots[j].first}, loaded[j], p, sum);
         } else {
 #pragma unroll 1
-          for (int64_t i = slots[j].first + slots[j].lo; i < slots[j].first + slots[j].hi; ++i) a.run_one(i, p, sum);
+          for (int64_t i = slots[j].first + slots[j].lo; i < slots[j].first + slots[j].hi; ++i)
+            a.run_one({0, i}, p, sum);
         }
       }
     }
@@ -355,21 +371,26 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op>)
   if (t.active) {
     Parameters<A> p[N * Op::sets];
     load_column_parameters<A, N, Op::sets>(c, parameters, t.column, p);
+    // A row of the matrix is one line of the operands or more.
+    const int64_t lines = Op::pitched ? c.columns.width / c.line : 0, first_line = Op::pitched ? t.column / c.line : 0;
+    const int64_t within = Op::pitched ? t.column % c.line : t.column;
+    const auto place = [&](int64_t row, int e) -> typename Operands<Op, S>::Place {
+      return {row * lines + first_line, (Op::pitched ? 0 : row * c.columns.width) + within + e};
+    };
     for (int64_t row = t.first_row; row < t.whole_rows; row += Unroll * t.step) {
       typename Operands<Op, S>::template Loaded<N> loaded[Unroll];
 #pragma unroll
       for (int j = 0; j < Unroll; ++j)
-        if (row + j * t.step < t.whole_rows) a.load((row + j * t.step) * c.columns.width + t.column, loaded[j]);
+        if (row + j * t.step < t.whole_rows) a.load(place(row + j * t.step, 0), loaded[j]);
 #pragma unroll
       for (int j = 0; j < Unroll; ++j) {
         if (row + j * t.step >= t.whole_rows) break;
-        a.template run<true>((row + j * t.step) * c.columns.width + t.column, loaded[j], p, sum);
+        a.template run<true>(place(row + j * t.step, 0), loaded[j], p, sum);
       }
     }
-    const int64_t tail = c.columns.rows * c.columns.width + t.column;
 #pragma unroll
     for (int e = 0; e < N; ++e)
-      if (e < t.rest) a.run_one(tail + e, p + e * Op::sets, sum + e * 4);
+      if (e < t.rest) a.run_one(place(c.columns.rows, e), p + e * Op::sets, sum + e * 4);
   }
 
   if (!Op::sums || !target.wanted) return;

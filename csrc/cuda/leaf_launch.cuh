@@ -53,13 +53,19 @@ LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
   b.vector = true;
   for (int k = 0; k < Op::inputs; ++k) b.vector = b.vector && (a.in_stride[k] == 0 || is_aligned(a.in[k]));
   for (int k = 0; k < Op::outputs; ++k) b.vector = b.vector && is_aligned(a.out[k]);
-  b.by_rows = by_rows(a.plan, sizeof(S));
+  if (a.run) {
+    const auto whole = [](int64_t elements) { return elements % kVector<S> == 0; };
+    b.vector = b.vector && whole(a.run);
+    for (int k = 0; k < Op::inputs; ++k) b.vector = b.vector && whole(a.in_pitch[k]);
+    for (int k = 0; k < Op::outputs; ++k) b.vector = b.vector && whole(a.out_pitch[k]);
+  }
+  b.by_rows = by_rows(a.plan, sizeof(S));  // never with a run: `inner` is 1
   if (b.by_rows) {
     b.rows = plan_rows(a.plan, b.vector ? kVector<S> : 1, kUnroll<Op>, multiprocessors);
     b.sums = partial_sums(b.rows.splits, 1, a.plan.count);
   } else {
     const auto plan = [&](int vector) {
-      return plan_columns(a.plan, vector, kUnroll<Op>, multiprocessors, sizeof(S), sum_bytes);
+      return plan_columns(a.plan, a.run, vector, kUnroll<Op>, multiprocessors, sizeof(S), sum_bytes);
     };
     b.vector = b.vector && kColumnVectors<Op>;
     if (b.vector) b.columns = plan(kVector<S>);
@@ -84,6 +90,10 @@ void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Arithmetic<
     operands.stride[k] = a.in_stride[k];
   }
   for (int k = 0; k < Op::outputs; ++k) operands.out[k] = static_cast<S*>(a.out[k]);
+  if constexpr (Op::pitched) {
+    for (int k = 0; k < Op::inputs; ++k) operands.in_pitch[k] = a.run ? a.in_pitch[k] : b.columns.line;
+    for (int k = 0; k < Op::outputs; ++k) operands.out_pitch[k] = a.run ? a.out_pitch[k] : b.columns.line;
+  }
   if (b.by_rows) {
     const RowsLaunch& r = b.rows;
     launch(rows<Op, S, N, kUnroll<Op>>, dim3(r.grid), r.threads, Op::sums ? 4 * (r.threads / kWarp) * sizeof(A) : 0, r,

@@ -296,7 +296,7 @@ void large_plans() {
   }
   for (const Plan& plan : {Plan{big, 3, 1}, Plan{3, big, 1}, Plan{big, 1000, 7}}) {
     constexpr int N = 8;
-    const ColumnsLaunch c = plan_columns(plan, N, 2, 132, 2, 4);
+    const ColumnsLaunch c = plan_columns(plan, 0, N, 2, 132, 2, 4);
     const std::string what = "columns " + std::to_string(plan.outer) + " " + std::to_string(plan.count);
     check(c.tiles >= 1 && c.tiles <= kMaxGridX && c.splits >= 1 && c.splits <= kMaxGridY, what + " grid");
     check(c.threads <= kMaxThreads && c.tx * c.ty <= c.threads, what + " threads");

@@ -1,0 +1,126 @@
+// The operators as differentiable tensor operations, for what the kernels do not know: third derivatives, tangents, the
+// operators called inside torch.func; and the questions that decide when.
+#pragma once
+
+#include <ATen/OpMathType.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "leaf_math.h"
+#include "leaf_ops.h"
+
+namespace leaf_cuda {
+
+struct TensorMath {
+  using T = Tensor;
+  static T multiply_add(const T& a, const T& b, const T& c) { return a * b + c; }
+};
+
+// By at::sigmoid, whose derivative autograd knows; that of e^(−|z|) it would get wrong at 0.
+template <>
+inline Sigmoid<Tensor> sigmoid<TensorMath>(const Tensor& z) {
+  const Tensor s = at::sigmoid(z);
+  return {s, s * at::sigmoid(-z)};
+}
+
+inline bool requires_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
+
+// Forward-mode differentiation has a tangent on one of its tensors.
+inline bool has_tangent(const OptionalTensor& t) { return t && t->_fw_grad(/*level=*/0).defined(); }
+
+template <class... Tensors>
+bool any_tangent(const Tensors&... t) {
+  return (has_tangent(t) || ...);
+}
+
+// Within a level of torch.func, where PyTorch refuses the nodes below.
+inline bool inside_functorch() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
+template <class... Tensors>
+bool any_requires_grad(const Tensors&... t) {
+  return at::GradMode::is_enabled() && (requires_grad(t) || ...);
+}
+
+inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+// Which of the saved tensors need a gradient: needs_input_grad counts the inputs that are tensors.
+template <size_t n>
+std::array<bool, n> needed(const torch::autograd::AutogradContext& context,
+                           const torch::autograd::variable_list& saved) {
+  std::array<bool, n> mask;
+  size_t edge = 0;
+  for (size_t k = 0; k < n; ++k) mask[k] = saved[k].defined() && context.needs_input_grad(edge++);
+  return mask;
+}
+
+// (leaf_cuda.leaf has a faster way through torch.func, LeafFunction.)
+class Composite {
+ public:
+  Composite(const Tensor& u, const ParameterList& parameters)
+      : parameters_(parameters), u_(u), math_(at::toOpMathType(u.scalar_type())) {}
+
+  Tensor forward() const { return leaf<TensorMath>(in_math(u_), in_math(parameters_)).to(u_.scalar_type()); }
+
+  FiveTensors backward(const Tensor& grad, std::array<bool, 5> mask) const {
+    const Tensor g = in_math(grad);
+    return summed(leaf_partials<TensorMath>(in_math(u_), g, in_math(parameters_)), g, mask);
+  }
+
+  SixTensors double_backward(const Tensor& grad, const OptionalTensor& v, const ParameterList& vp,
+                             std::array<bool, 6> mask) const {
+    const Along<Tensor> d =
+        leaf_along<TensorMath>(in_math(u_), in_math(grad), in_math(parameters_), in_math(v), in_math(vp));
+    const Tensor dgrad = mask[0] ? d.value.to(grad.scalar_type()) : Tensor();
+    return std::tuple_cat(std::tuple(dgrad), summed(d.partials, Tensor(), {mask[1], mask[2], mask[3], mask[4], false}));
+  }
+
+  // leaf_glu's.
+  Tensor glu_forward(const Tensor& b) const {
+    return (leaf<TensorMath>(in_math(u_), in_math(parameters_)) * in_math(b)).to(u_.scalar_type());
+  }
+
+  // da, db, dp1, ..., dp4
+  SixTensors glu_backward(const Tensor& grad, const Tensor& b, std::array<bool, 6> mask) const {
+    const Tensor u = in_math(u_), g = in_math(grad), through = g * in_math(b);
+    const Parameters<Tensor> p = in_math(parameters_);
+    const auto [da, dp1, dp2, dp3, dp4] =
+        summed(leaf_partials<TensorMath>(u, through, p), through, {mask[0], mask[2], mask[3], mask[4], mask[5]});
+    return {da, mask[1] ? (g * leaf<TensorMath>(u, p)).to(b.scalar_type()) : Tensor(), dp1, dp2, dp3, dp4};
+  }
+
+ private:
+  const ParameterList& parameters_;
+  const Tensor& u_;
+  const at::ScalarType math_;
+
+  // Of a parameter's shape what broadcasts to u: it may begin with 1s beyond u's dimensions.
+  c10::SymIntArrayRef aligned(const Tensor& p) const {
+    return p.sym_sizes().slice(std::max<int64_t>(0, p.dim() - u_.dim()));
+  }
+
+  Tensor in_math(const OptionalTensor& t) const {
+    if (!t) return at::zeros({}, u_.options().dtype(math_));
+    return (t->dim() > u_.dim() ? t->view_symint(aligned(*t)) : *t).to(math_);
+  }
+  Parameters<Tensor> in_math(const ParameterList& p) const {
+    return {in_math(p[0]), in_math(p[1]), in_math(p[2]), in_math(p[3])};
+  }
+
+  FiveTensors summed(const Partials<Tensor>& d, const Tensor& p4, std::array<bool, 5> mask) const {
+    const std::array<const Tensor*, 4> shares = {&d.p1, &d.p2, &d.p3, &p4};
+    std::array<Tensor, 4> dp;
+    for (int q = 0; q < 4; ++q) {
+      if (!mask[q + 1] || !parameters_[q]) continue;
+      const Tensor& p = *parameters_[q];
+      dp[q] = shares[q]->sum_to_size_symint(aligned(p)).view_symint(p.sym_sizes()).to(p.scalar_type());
+    }
+    return {mask[0] ? d.u.to(u_.scalar_type()) : Tensor(), dp[0], dp[1], dp[2], dp[3]};
+  }
+};
+
+}  // namespace leaf_cuda

@@ -1,0 +1,70 @@
+"""Gated units with LEAF inside."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .functional import leaf_glu
+from .modules import LEAF
+
+
+class LeafGLU(LEAF):
+    """The gated linear unit with LEAF as its gate's activation, y = leaf(a)·b, with trained p1, p2, p3 and p4.
+
+    It begins as SwiGLU; as ReGLU with ``init_as="ReLU"``, as the plain GLU with "Sigmoid". See
+    :func:`leaf_cuda.leaf_glu`. Arguments and errors as :class:`leaf_cuda.LEAF`'s; ``size`` broadcasts to y's shape: (1,)
+    for one set of parameters, (H,) for one per feature.
+    """
+
+    def __init__(self, *, init_as="SiLU", **kwargs):
+        super().__init__(init_as=init_as, **kwargs)
+
+    def forward(self, a: Tensor, b: Tensor | None = None) -> Tensor:
+        """(..., H) of a and b; or of an a of (..., 2·H) alone, a and b side by side."""
+        return leaf_glu(a, b, self.p1, self.p2, self.p3, self.p4)
+
+
+class LeafMLP(nn.Module):
+    """The gated MLP of LLaMA with a :class:`LeafGLU`: down_proj(leaf(gate_proj(x))·up_proj(x)), (..., hidden_size) to the
+    same shape.
+
+    A state dict of LLaMA's own MLP (``gate_proj``, ``up_proj``, ``down_proj``) loads with strict=True: LEAF's parameters,
+    ``act_fn.p1`` ... ``act_fn.p4``, then stay as they are.
+
+    Args:
+        hidden_size, intermediate_size: features of x, and between the projections.
+        size: of LEAF's parameters, (1,) or (intermediate_size,).
+        init_as: LEAF's initial form; "SiLU" is LLaMA's own activation.
+        bias: whether the projections have one.
+        device, dtype: of the projections' weights. LEAF's parameters are in float32 (float64 for float64).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        size=(1,),
+        init_as="SiLU",
+        bias: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        like = {"bias": bias, "device": device, "dtype": dtype}
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, **like)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, **like)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, **like)
+        self.act_fn = LeafGLU(size=size, init_as=init_as, device=device)
+        if self.gate_proj.weight.dtype == torch.float64:
+            self.act_fn.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x), self.up_proj(x)))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        own = {f"{prefix}act_fn.{name}": p for name, p in self.act_fn.named_parameters()}
+        if not any(key in state_dict for key in own):  # a checkpoint of a fixed activation
+            state_dict |= {key: p.detach() for key, p in own.items()}
+        super()._load_from_state_dict(state_dict, prefix, *args)
