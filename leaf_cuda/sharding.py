@@ -64,3 +64,23 @@ def _register_once() -> None:
             )
             for of_u, of_p, of_dp in shardings(u, parameters)
         ]
+
+    def glu_shardings(a, b, parameters):
+        """Those of a, the parameters and their gradients. A packed last dimension stays whole."""
+        whole = None if b else Shard(a.ndim - 1)
+        return [sharding for sharding in shardings(a, parameters) if sharding[0] != whole]
+
+    @register_sharding(_ops.leaf_glu_forward)
+    def glu_forward(a, b, *parameters):
+        return [([of_a], [of_a, b and of_a, *of_p]) for of_a, of_p, _ in glu_shardings(a, b, parameters)]
+
+    @register_sharding(_ops.leaf_glu_backward)
+    def glu_backward(grad, a, b, *rest):
+        *parameters, mask = rest
+        return [
+            (
+                [placement if wanted else None for placement, wanted in zip([of_a, b and of_a, *of_dp], mask)],
+                [of_a, of_a, b and of_a, *of_p, None],
+            )
+            for of_a, of_p, of_dp in glu_shardings(a, b, parameters)
+        ]

@@ -170,6 +170,30 @@ def dtensor_double_backward(rank, mesh):
             torch.testing.assert_close(r.full_tensor(), e)
 
 
+def dtensor_glu(rank, mesh):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    generator = torch.Generator().manual_seed(2)
+    a, b = (torch.randn(4, 6, 2, generator=generator) for _ in range(2))
+    parameters = [torch.randn(s, generator=generator) for s in ((6, 1), (1,), (), (6, 2))]
+
+    def run(placement=None, packed=False):
+        def put(t, p):
+            return (t.clone() if placement is None else distribute_tensor(t, mesh, [p])).requires_grad_()
+
+        given = [put(torch.cat([a, b], -1), placement)] if packed else [put(t, placement) for t in (a, b)]
+        leaves = [*given, *(put(p, Replicate()) for p in parameters)]
+        y = leaf_cuda.leaf_glu(*given, *[None] * packed, *leaves[len(given) :])
+        y.sin().sum().backward()
+        return [y, *(t.grad for t in leaves)]
+
+    for packed in (False, True):
+        expected = run(packed=packed)
+        for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
+            for r, e in zip(run(placement, packed), expected):
+                torch.testing.assert_close(r.full_tensor(), e)
+
+
 def compiled_dtensor(rank, mesh):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -241,6 +265,7 @@ CHECKS = [
     fsdp_of_low_precision_weights_in_one_group,
     dtensor,
     dtensor_double_backward,
+    dtensor_glu,
     compiled_dtensor,
 ]
 
