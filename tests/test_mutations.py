@@ -32,6 +32,10 @@ MUTATIONS = {
     "steps too long": (PLANNER, "r.splits * r.threads / r.vectors;", "r.splits * r.threads / r.vectors + 1;"),
     "workspace too small": (PLANNER, "whole ? 0 : parts * 4 * fold * count", "whole ? 0 : parts * 3 * fold * count"),
     "unaligned rows taken as aligned": (PLANNER, "plan.inner % vector == 0 ?", "plan.inner > 0 ?"),
+    "the first line for all": (KERNELS, "row * lines + first_line,", "row * lines,"),
+    "one pitch for all inputs": (KERNELS, "place.at(in_pitch[Op::pitched ? k : 0])", "place.at(in_pitch[0])"),
+    "no look at the pitches": (PLANNER, "c.line = run ? run : c.columns.width;", "c.line = c.columns.width;"),
+    "vectors across lines": ("csrc/cuda/leaf_launch.cuh", "b.vector = b.vector && whole(a.run);", ""),
     "no look at the pointers' alignment": ("csrc/cuda/leaf_launch.cuh", ") % 16 == 0;", ") % 1 == 0;"),
 }
 

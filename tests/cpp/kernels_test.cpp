@@ -69,13 +69,15 @@ struct Case {
   bool p2_and_p4 = true;
   bool want_du = true;
   int64_t multiprocessors = 2;
+  int64_t gap = -1;  // of the gated unit: elements between the lines of an operand, `count` long; -1 for dense operands
 };
 
 std::string name(const Case& c, const char* type, const char* what) {
   char text[200];
-  std::snprintf(text, sizeof(text), "%s %s (%ld, %ld, %ld) offset %ld grad stride %d shared %ld p2p4 %d du %d mp %ld",
-                what, type, long(c.plan.outer), long(c.plan.count), long(c.plan.inner), long(c.offset), c.grad_stride,
-                long(c.shared_parameter), c.p2_and_p4, c.want_du, long(c.multiprocessors));
+  std::snprintf(text, sizeof(text),
+                "%s %s (%ld, %ld, %ld) offset %ld grad stride %d shared %ld p2p4 %d du %d mp %ld gap %ld", what, type,
+                long(c.plan.outer), long(c.plan.count), long(c.plan.inner), long(c.offset), c.grad_stride,
+                long(c.shared_parameter), c.p2_and_p4, c.want_du, long(c.multiprocessors), long(c.gap));
   return text;
 }
 
@@ -115,13 +117,14 @@ struct Expected {
 template <class S, class P>
 void run_operation(const Case& c, const char* type, Args args, std::vector<Buffer<S>>& out, std::vector<Buffer<P>>& dp,
                    const std::vector<Expected>& expected_out, const std::vector<Expected>& expected_dp, double ulps) {
-  const char* names[] = {"forward", "backward", "double backward"};
+  const char* names[] = {"forward", "backward", "double backward", "glu forward", "glu backward"};
   const std::string what = std::string(names[static_cast<int>(args.operation)]) + " ";
   const auto named = [&](const char* detail) { return name(c, type, (what + detail).c_str()); };
+  const auto at = [&](size_t k, int64_t i) { return args.run ? i / args.run * args.out_pitch[k] + i % args.run : i; };
   for (size_t k = 0; k < out.size(); ++k) args.out[k] = out[k].data;
   for (size_t q = 0; q < dp.size(); ++q) args.dp[q] = args.parameters.p[q] ? dp[q].data : nullptr;
   args.dp_dtype = kType<P>;
-  if (args.operation != Operation::forward && !c.want_du) args.out[0] = nullptr;
+  if (!dp.empty() && !c.want_du) args.out[0] = nullptr;
 
   std::vector<std::vector<char>> first;
   for (const Schedule& schedule : kSchedules) {
@@ -143,12 +146,17 @@ void run_operation(const Case& c, const char* type, Args args, std::vector<Buffe
   }
 
   for (size_t k = 0; k < out.size(); ++k) {
+    if (!args.out[k]) continue;
     bool ok = true;
-    if (args.out[k])
-      for (int64_t i = 0; i < out[k].n; ++i)
-        ok = ok &&
-             close<S>(static_cast<double>(out[k].data[i]), expected_out[k].value[i], expected_out[k].scale[i], ulps);
+    std::vector<bool> written(out[k].n);
+    for (int64_t i = 0; i < c.plan.numel(); ++i) {
+      const double value = static_cast<double>(out[k].data[at(k, i)]);
+      written[at(k, i)] = true;
+      ok = ok && close<S>(value, expected_out[k].value[i], expected_out[k].scale[i], ulps);
+    }
     check(ok, named(("output " + std::to_string(k)).c_str()));
+    for (int64_t i = 0; i < out[k].n; ++i) ok = ok && (written[i] || std::isnan(static_cast<double>(out[k].data[i])));
+    check(ok, named(("gaps of output " + std::to_string(k)).c_str()));
   }
   for (size_t q = 0; q < dp.size(); ++q) {
     bool ok = true;
@@ -237,6 +245,103 @@ void run(const Case& c, const char* type) {
   run_operation<S, P>(c, type, args, out, dp, {dgrad, ddu}, double_sums, 8);
 }
 
+// The gated unit, its operands dense or in lines of `count` elements, each with a gap of its own between.
+template <class S, class P>
+void run_glu(const Case& c, const char* type) {
+  std::mt19937_64 random(c.plan.numel() * 17 + c.gap);
+  const int64_t n = c.plan.numel(), count = c.plan.count;
+  Args args{};
+  args.plan = c.plan;
+  args.dtype = kType<S>;
+  args.parameters.dtype = kType<P>;
+  args.run = c.gap < 0 ? 0 : count;
+  const auto pitch = [&](int k) { return count + c.gap * (k + 1); };
+  const auto at = [&](int k, int64_t i) { return args.run ? i / count * pitch(k) + i % count : i; };
+  std::vector<Buffer<S>> in;
+  std::vector<Buffer<P>> p, dp;
+  for (int k = 0; k < 3; ++k) {
+    in.emplace_back(at(k, n - 1) + 1, c.offset);
+    in[k].fill(random);
+    args.in[k] = in[k].data;
+    args.in_stride[k] = 1;
+    args.in_pitch[k] = pitch(k);
+  }
+  for (int q = 0; q < 4; ++q) {
+    p.emplace_back(q == c.shared_parameter ? 1 : count);
+    p[q].fill(random);
+    if (q % 2 == 1 && !c.p2_and_p4) continue;
+    args.parameters.p[q] = p[q].data;
+    args.parameters.stride[q] = q == c.shared_parameter ? 0 : 1;
+  }
+  Expected y(n), da(n), db(n);
+  std::vector<Expected> sums(4, Expected(count));
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t k = i / c.plan.inner % count;
+    const auto value = [&](int q) {
+      const P* const own = static_cast<const P*>(args.parameters.p[q]);
+      return own ? static_cast<double>(own[k * args.parameters.stride[q]]) : 0.0;
+    };
+    const auto input = [&](int which) { return static_cast<double>(in[which].data[at(which, i)]); };
+    const double x = input(0), b = input(1), grad = input(2), g = grad * b, p1 = value(0), p3 = value(2), p4 = value(3);
+    const double z = p3 * x, s = 1 / (1 + std::exp(-z)), slope = s / (1 + std::exp(z)), l = p1 * x + value(1);
+    const double l_abs = std::abs(p1 * x) + std::abs(value(1)), condition = 1 + std::abs(z);
+    const double y_abs = l_abs * s * condition + std::abs(p4);
+    y.add(i, (l * s + p4) * b, y_abs * std::abs(b));
+    da.add(i, g * (p1 * s + l * slope * p3),
+           std::abs(g) * (std::abs(p1) * s + l_abs * slope * std::abs(p3)) * condition);
+    db.add(i, grad * (l * s + p4), y_abs * std::abs(grad));
+    const double shares[4] = {g * x * s, g * s, g * l * slope * x, g};
+    for (int q = 0; q < 4; ++q)
+      sums[q].add(k, shares[q], (q == 2 ? std::abs(g * x) * l_abs * slope : std::abs(shares[q])) * condition);
+  }
+  std::vector<Buffer<S>> out;
+  const auto add_output = [&](int k) {
+    args.out_pitch[k] = pitch(k + 1);
+    out.emplace_back(at(k + 1, n - 1) + 1, c.offset);
+  };
+  add_output(0);
+  args.operation = Operation::glu_forward;
+  run_operation<S, P>(c, type, args, out, dp, {y}, {}, 4);
+  add_output(1);
+  for (int q = 0; q < 4; ++q) dp.emplace_back(count);
+  args.operation = Operation::glu_backward;
+  run_operation<S, P>(c, type, args, out, dp, {da, db}, sums, 8);
+}
+
+void run_glu_types(const Case& c) {
+  run_glu<double, double>(c, "double");
+  run_glu<float, float>(c, "float");
+  run_glu<c10::BFloat16, float>(c, "bfloat16");
+  run_glu<c10::Half, c10::Half>(c, "half");
+}
+
+void glu_plans() {
+  for (int64_t n = 1; n <= 17; ++n) {
+    run_glu_types({{1, 1, n}});
+    run_glu_types({{3, 5, 64 + n}});
+    run_glu_types({{3, n, 1}});
+    for (int64_t gap : {0, 1, 8}) {
+      Case c{{3, n, 1}};
+      c.gap = gap;
+      run_glu_types(c);
+      c.plan = {21, 32 + n, 1};
+      run_glu_types(c);
+    }
+  }
+  for (const Plan& plan : {Plan{64, 256, 1}, Plan{300, 40, 1}, Plan{2, 700, 1}, Plan{3, 5000, 1}, Plan{40, 1, 1}})
+    for (int64_t multiprocessors : {1, 132})
+      for (int64_t gap : {-1, 0, 3, 16}) {
+        Case c{plan};
+        c.multiprocessors = multiprocessors;
+        c.gap = gap;
+        run_glu_types(c);
+        c.shared_parameter = 2;
+        c.p2_and_p4 = c.want_du = false;
+        c.offset = 1;
+        run_glu_types(c);
+      }
+}
+
 void run_types(const Case& c) {
   run<double, double>(c, "double");
   run<float, float>(c, "float");
@@ -311,6 +416,7 @@ void large_plans() {
 int main(int argc, char** argv) {
   stop_at_first_failure = argc > 1 && std::strcmp(argv[1], "--stop-at-first-failure") == 0;
   small_plans();
+  glu_plans();
   large_plans();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
