@@ -1,0 +1,110 @@
+"""Times the gated unit, forward and backward: leaf_cuda.leaf_glu beside `F.silu(a) * b` and LEAF's formula in eager
+operations, of two tensors and of one that packs both.
+
+Each round runs every provider once on each of a few sets of tensors, in shuffled order; a ratio is the median over the
+rounds of two times in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import random
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from bench_leaf import MALLOC, formula, machine, tabulate, tqdm
+
+import leaf_cuda
+
+SETS = 4  # beyond the last-level cache together
+
+
+def silu_gate(a, b, *parameters):
+    return torch.nn.functional.silu(a) * b
+
+
+def plain_gate(a, b, *parameters):
+    return formula(a, *parameters) * b
+
+
+PROVIDERS = {"silu(a)·b": silu_gate, "plain formula·b": plain_gate, "leaf_glu": leaf_cuda.leaf_glu}
+
+
+def seconds(gate, packed, parameters, sets) -> float:
+    """A training step, per set: gradients to None, y, y.backward(g)."""
+    start = time.perf_counter()
+    for x, halves, g in sets:
+        for t in (x, *halves, *parameters):
+            t.grad = None
+        if not packed:
+            a, b = halves
+        elif gate is leaf_cuda.leaf_glu:
+            a, b = x, None
+        else:
+            a, b = x.chunk(2, -1)
+        gate(a, b, *parameters).backward(g)
+    if g.is_cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / len(sets)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--features", type=int, default=1024, help="of a, and of b")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--markdown", type=Path, help="write the table to this file, too")
+    args = parser.parse_args()
+    if args.device == "cpu" and platform.libc_ver()[0] == "glibc" and {**MALLOC, **os.environ} != os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**MALLOC, **os.environ})
+    torch.set_num_threads(args.threads)
+
+    lines = []
+    for dtype in (torch.float32, torch.bfloat16):
+        sets = []
+        for _ in range(SETS):
+            x = torch.randn(args.rows, 2 * args.features, device=args.device).to(dtype)
+            halves = [h.contiguous().requires_grad_() for h in x.chunk(2, -1)]
+            g = torch.randn(args.rows, args.features, device=args.device).to(dtype)
+            sets.append((x.requires_grad_(), halves, g))
+        cases = {}
+        for count in (1, args.features):
+            values = (1.0, 0.0, 1.0, 0.0)  # SiLU's form
+            parameters = [torch.full((count,), v, device=args.device).requires_grad_() for v in values]
+            for packed in (False, True):
+                for name, gate in PROVIDERS.items():
+                    cases[name, count, packed] = (gate, packed, parameters, sets)
+        times = {case: [] for case in cases}
+        for case in cases.values():
+            seconds(*case)
+        for _ in tqdm(range(args.rounds), desc=str(dtype), unit="round"):
+            for case in random.sample(list(cases), len(cases)):
+                times[case].append(seconds(*cases[case]))
+        for (name, count, packed), own in times.items():
+            ratios = [
+                "" if other == name else f"{median(a / b for a, b in zip(own, times[other, count, packed])):.2f}"
+                for other in ("silu(a)·b", "plain formula·b")
+            ]
+            what = [str(dtype).removeprefix("torch."), str(count), "packed" if packed else "two tensors", name]
+            lines.append([*what, f"{1e3 * median(own):.2f}", *ratios])
+    headers = ["dtype", "parameters", "a and b", "provider", "ms", "over silu(a)·b", "over plain formula·b"]
+    table = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    where = machine(args)
+    text = (
+        f"{table}\n\nForward and backward, ({args.rows}, 2·{args.features}), float32 parameters, {args.rounds} rounds; "
+        f"{where['gpu'] or where['cpu']}, {args.threads} threads, torch {where['torch']}, commit {where['commit']}\n"
+    )
+    print(text)
+    if args.markdown:
+        args.markdown.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
