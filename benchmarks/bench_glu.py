@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from bench_leaf import MALLOC, formula, machine, tabulate, tqdm
+from bench_leaf import MALLOC, formula, print_table, ratio, tqdm
 
 import leaf_cuda
 
@@ -88,22 +88,13 @@ def main() -> None:
             for case in random.sample(list(cases), len(cases)):
                 times[case].append(seconds(*cases[case]))
         for (name, count, packed), own in times.items():
-            ratios = [
-                "" if other == name else f"{median(a / b for a, b in zip(own, times[other, count, packed])):.2f}"
-                for other in ("silu(a)·b", "plain formula·b")
-            ]
+            others = ("silu(a)·b", "plain formula·b")
+            ratios = ["" if other == name else ratio(own, times[other, count, packed]) for other in others]
             what = [str(dtype).removeprefix("torch."), str(count), "packed" if packed else "two tensors", name]
             lines.append([*what, f"{1e3 * median(own):.2f}", *ratios])
     headers = ["dtype", "parameters", "a and b", "provider", "ms", "over silu(a)·b", "over plain formula·b"]
-    table = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
-    where = machine(args)
-    text = (
-        f"{table}\n\nForward and backward, ({args.rows}, 2·{args.features}), float32 parameters, {args.rounds} rounds; "
-        f"{where['gpu'] or where['cpu']}, {args.threads} threads, torch {where['torch']}, commit {where['commit']}\n"
-    )
-    print(text)
-    if args.markdown:
-        args.markdown.write_text(text)
+    shape = f"({args.rows}, 2·{args.features})"
+    print_table(lines, headers, f"Forward and backward, {shape}, float32 parameters, {args.rounds} rounds", args)
 
 
 if __name__ == "__main__":

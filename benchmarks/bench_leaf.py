@@ -342,6 +342,23 @@ def git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+def ratio(times: list[float], others: list[float]) -> str:
+    """The median of the ratios within rounds."""
+    return f"{median(a / b for a, b in zip(times, others, strict=True)):.2f}"
+
+
+def print_table(lines: list[list[str]], headers: list[str], what: str, args: argparse.Namespace) -> None:
+    """The lines, what was measured, and where; to args.markdown too, if given."""
+    where = machine(args)
+    text = (
+        f"{tabulate(lines, headers, tablefmt='github', disable_numparse=True)}\n\n{what}; "
+        f"{where['gpu'] or where['cpu']}, {args.threads} threads, torch {where['torch']}, commit {where['commit']}\n"
+    )
+    print(text)
+    if args.markdown:
+        args.markdown.write_text(text)
+
+
 def machine(args: argparse.Namespace) -> dict:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 import torch._inductor.config
-from bench_leaf import MALLOC, AuthorsWay, formula, machine, tabulate, tqdm
+from bench_leaf import MALLOC, AuthorsWay, formula, print_table, ratio, tqdm
 from torch import nn
 
 from leaf_cuda import LEAF
@@ -127,21 +127,10 @@ def main() -> None:
                 progress.update()
             for name, times in seconds.items():
                 eager = name.removesuffix(", compiled")
-                ratios = [
-                    "" if other == name else f"{median(a / b for a, b in zip(times, seconds[other], strict=True)):.2f}"
-                    for other in ("SiLU", eager)
-                ]
+                ratios = ["" if other == name else ratio(times, seconds[other]) for other in ("SiLU", eager)]
                 lines.append([network.__name__, name, f"{1e3 * median(times):.1f}", *ratios])
     headers = ["network", "activation", "ms", "over SiLU", "compiled over eager"]
-    table = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
-    where = machine(args)
-    text = (
-        f"{table}\n\nBatch {args.batch}, {args.rounds} rounds of {args.iterations} iterations; "
-        f"{where['gpu'] or where['cpu']}, {args.threads} threads, torch {where['torch']}, commit {where['commit']}\n"
-    )
-    print(text)
-    if args.markdown:
-        args.markdown.write_text(text)
+    print_table(lines, headers, f"Batch {args.batch}, {args.rounds} rounds of {args.iterations} iterations", args)
 
 
 if __name__ == "__main__":

@@ -111,18 +111,28 @@ def fsdp_of_low_precision_weights_in_one_group(rank, mesh):
         fsdp(rank, mesh, network(torch.bfloat16), share(batch(), rank).bfloat16(), policies=(None, {}))
 
 
-def dtensor(rank, mesh):
-    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+def put(tensors, mesh, placement):
+    """Leaves: DTensors so placed, or plain tensors without a placement."""
+    from torch.distributed.tensor import distribute_tensor
 
+    placed = (t.clone() if placement is None else distribute_tensor(t, mesh, [placement]) for t in tensors)
+    return [t.requires_grad_() for t in placed]
+
+
+def drawn(tensors):
+    """So many tensors of one shape, and parameters for them."""
     generator = torch.Generator().manual_seed(2)
-    u = torch.randn(4, 6, 2, generator=generator)
-    parameters = [torch.randn(s, generator=generator) for s in ((6, 1), (1,), (), (6, 2))]
+    us = [torch.randn(4, 6, 2, generator=generator) for _ in range(tensors)]
+    return us, [torch.randn(s, generator=generator) for s in ((6, 1), (1,), (), (6, 2))]
+
+
+def dtensor(rank, mesh):
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    us, parameters = drawn(1)
 
     def run(placement=None):
-        def put(t, p):
-            return (t.clone() if placement is None else distribute_tensor(t, mesh, [p])).requires_grad_()
-
-        leaves = [put(u, placement), *(put(p, Replicate()) for p in parameters)]
+        leaves = [*put(us, mesh, placement), *put(parameters, mesh, placement and Replicate())]
         y = leaf_cuda.leaf(*leaves)
         y.sin().sum().backward()
         return [y, *(t.grad for t in leaves)]
@@ -139,27 +149,21 @@ def dtensor(rank, mesh):
         for r, e in zip(results, expected):
             torch.testing.assert_close(r.full_tensor(), e)
 
-    sharded = distribute_tensor(u, mesh, [Shard(0)])
-    one = torch.ones(2)
-    y = leaf_cuda.ahaf(sharded, distribute_tensor(one, mesh, [Replicate()]), 2)
-    torch.testing.assert_close(y.full_tensor(), leaf_cuda.ahaf(u, one, 2))
+    (sharded,), one = put(us, mesh, Shard(0)), torch.ones(2)
+    y = leaf_cuda.ahaf(sharded, *put([one], mesh, Replicate()), 2)
+    torch.testing.assert_close(y.full_tensor(), leaf_cuda.ahaf(us[0], one, 2))
     with pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"):
         leaf_cuda.ahaf(sharded, one, 2)
 
 
 def dtensor_double_backward(rank, mesh):
     """A gradient penalty of sharded tensors, by the kernel on each shard."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard
 
-    generator = torch.Generator().manual_seed(2)
-    u = torch.randn(4, 6, 2, generator=generator)
-    parameters = [torch.randn(s, generator=generator) for s in ((6, 1), (1,), (), (6, 2))]
+    us, parameters = drawn(1)
 
     def run(placement=None):
-        def put(t, p):
-            return (t.clone() if placement is None else distribute_tensor(t, mesh, [p])).requires_grad_()
-
-        leaves = [put(u, placement), *(put(p, Replicate()) for p in parameters)]
+        leaves = [*put(us, mesh, placement), *put(parameters, mesh, placement and Replicate())]
         first = torch.autograd.grad(leaf_cuda.leaf(*leaves).sin().sum(), leaves, create_graph=True)
         sum(d.square().sum() for d in first).backward()
         return [t.grad for t in leaves]
@@ -171,18 +175,13 @@ def dtensor_double_backward(rank, mesh):
 
 
 def dtensor_glu(rank, mesh):
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard
 
-    generator = torch.Generator().manual_seed(2)
-    a, b = (torch.randn(4, 6, 2, generator=generator) for _ in range(2))
-    parameters = [torch.randn(s, generator=generator) for s in ((6, 1), (1,), (), (6, 2))]
+    gates, parameters = drawn(2)
 
     def run(placement=None, packed=False):
-        def put(t, p):
-            return (t.clone() if placement is None else distribute_tensor(t, mesh, [p])).requires_grad_()
-
-        given = [put(torch.cat([a, b], -1), placement)] if packed else [put(t, placement) for t in (a, b)]
-        leaves = [*given, *(put(p, Replicate()) for p in parameters)]
+        given = put([torch.cat(gates, -1)] if packed else gates, mesh, placement)
+        leaves = [*given, *put(parameters, mesh, placement and Replicate())]
         y = leaf_cuda.leaf_glu(*given, *[None] * packed, *leaves[len(given) :])
         y.sin().sum().backward()
         return [y, *(t.grad for t in leaves)]
