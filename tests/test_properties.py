@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DTYPE_PAIRS, assert_true
+from cases import DTYPE_PAIRS, assert_true, plain
 
 import leaf_cuda
 
@@ -32,10 +32,10 @@ def tensors(draw, shape, dtype):
 
 
 @st.composite
-def arguments(draw):
+def arguments(draw, pairs=DTYPE_PAIRS):
     """u, [p1, ..., p4], g and, for each of u, p1, ..., p4, whether its gradient is wanted."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    dtype, parameter_dtype = draw(st.sampled_from(DTYPE_PAIRS))
+    dtype, parameter_dtype = draw(st.sampled_from(pairs))
     sizes = st.sampled_from([0, 1, 2, 3, 4, 5, 8, 17, 33])
     shape = draw(st.lists(sizes, max_size=4).filter(lambda s: torch.Size(s).numel() <= 20_000))
 
@@ -68,3 +68,34 @@ def test_truth(device, drawn):
     results = [y.detach(), *(next(gradients) if t is not None and t.requires_grad else None for t in leaves)]
     assert_true(results, u, parameters, g, (True, *wanted))
     assert all(r is None or t is None or r.dtype == t.dtype for r, t in zip(results[1:], leaves))
+
+
+@hypothesis.given(arguments(DTYPE_PAIRS[:1]), st.booleans(), st.data())
+@SETTINGS
+def test_gated_unit(device, drawn, packed, data):
+    """leaf_glu of two tensors and of a packed one, in float64: the formula's results."""
+    a, parameters, g, wanted = drawn
+    if a.dim() == 0 and packed:
+        return
+    if packed:
+        x = data.draw(tensors((*a.shape[:-1], 2 * a.size(-1)), a.dtype))
+        gate = (x.to(device), None)
+    else:
+        gate = (a.to(device), data.draw(tensors(a.shape, a.dtype)).to(device))
+    parameters = [None if p is None else p.to(device) for p in parameters]
+    wanted = (wanted[0], wanted[0], *wanted[1:])
+    leaves = [t if t is None else t.detach().requires_grad_(w) for t, w in zip((*gate, *parameters), wanted)]
+    asked = [t for t in leaves if t is not None and t.requires_grad]
+
+    def formula(a, b, *parameters):
+        if b is None:
+            a, b = a.chunk(2, -1)
+        # A parameter may begin with 1s beyond a's dimensions, which y has not.
+        return (plain(a, *parameters) * b).reshape(a.shape)
+
+    results, expected = (
+        [y.detach(), *(torch.autograd.grad(y, asked, g.to(device)) if asked else ())]
+        for y in (f(*leaves) for f in (leaf_cuda.leaf_glu, formula))
+    )
+    for r, e in zip(results, expected, strict=True):
+        torch.testing.assert_close(r, e, rtol=1e-10, atol=1e-10)
