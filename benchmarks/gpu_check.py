@@ -27,7 +27,8 @@ LIMIT_SECONDS = 540
 RESULT_FILES = {"csv": "benchmark.csv", "json": "benchmark.json", "markdown": "table.md"}
 
 # A few tests that reach each CUDA kernel; the checkers slow kernels down a hundredfold.
-CHECKED_TESTS = ["tests/test_golden.py", "-k", "cuda and (leaf0 or ahaf0)"]
+CHECKED_TESTS = ["tests/test_golden.py", "tests/test_double_backward.py", "tests/test_glu.py"]
+CHECKED_TESTS += ["-k", "cuda and (leaf0 or ahaf0 or test_float64 or test_packed)"]
 
 
 def gpu_name() -> str | None:
