@@ -28,7 +28,7 @@ RESULT_FILES = {"csv": "benchmark.csv", "json": "benchmark.json", "markdown": "t
 
 # A few tests that reach each CUDA kernel; the checkers slow kernels down a hundredfold.
 CHECKED_TESTS = ["tests/test_golden.py", "tests/test_double_backward.py", "tests/test_glu.py"]
-CHECKED_TESTS += ["-k", "cuda and (leaf0 or ahaf0 or test_float64 or test_packed)"]
+CHECKED_TESTS += ["-k", "cuda and (leaf0 or ahaf0 or ((test_float64 or test_packed) and (layer or features)))"]
 
 
 def gpu_name() -> str | None:
