@@ -69,15 +69,16 @@ struct Case {
   bool p2_and_p4 = true;
   bool want_du = true;
   int64_t multiprocessors = 2;
-  int64_t gap = -1;  // of the gated unit: elements between the lines of an operand, `count` long; -1 for dense operands
+  // Of the gated unit: elements between the lines of an operand, -1 for dense operands; lines that `count` makes.
+  int64_t gap = -1, lines = 1;
 };
 
 std::string name(const Case& c, const char* type, const char* what) {
   char text[200];
   std::snprintf(text, sizeof(text),
-                "%s %s (%ld, %ld, %ld) offset %ld grad stride %d shared %ld p2p4 %d du %d mp %ld gap %ld", what, type,
-                long(c.plan.outer), long(c.plan.count), long(c.plan.inner), long(c.offset), c.grad_stride,
-                long(c.shared_parameter), c.p2_and_p4, c.want_du, long(c.multiprocessors), long(c.gap));
+                "%s %s (%ld, %ld, %ld) offset %ld grad stride %d shared %ld p2p4 %d du %d mp %ld gap %ld lines %ld",
+                what, type, long(c.plan.outer), long(c.plan.count), long(c.plan.inner), long(c.offset), c.grad_stride,
+                long(c.shared_parameter), c.p2_and_p4, c.want_du, long(c.multiprocessors), long(c.gap), long(c.lines));
   return text;
 }
 
@@ -245,7 +246,7 @@ void run(const Case& c, const char* type) {
   run_operation<S, P>(c, type, args, out, dp, {dgrad, ddu}, double_sums, 8);
 }
 
-// The gated unit, its operands dense or in lines of `count` elements, each with a gap of its own between.
+// The gated unit, its operands dense or in lines, each with a gap of its own between.
 template <class S, class P>
 void run_glu(const Case& c, const char* type) {
   std::mt19937_64 random(c.plan.numel() * 17 + c.gap);
@@ -254,9 +255,9 @@ void run_glu(const Case& c, const char* type) {
   args.plan = c.plan;
   args.dtype = kType<S>;
   args.parameters.dtype = kType<P>;
-  args.run = c.gap < 0 ? 0 : count;
-  const auto pitch = [&](int k) { return count + c.gap * (k + 1); };
-  const auto at = [&](int k, int64_t i) { return args.run ? i / count * pitch(k) + i % count : i; };
+  args.run = c.gap < 0 ? 0 : count / c.lines;
+  const auto pitch = [&](int k) { return args.run + c.gap * (k + 1); };
+  const auto at = [&](int k, int64_t i) { return args.run ? i / args.run * pitch(k) + i % args.run : i; };
   std::vector<Buffer<S>> in;
   std::vector<Buffer<P>> p, dp;
   for (int k = 0; k < 3; ++k) {
@@ -326,6 +327,9 @@ void glu_plans() {
       run_glu_types(c);
       c.plan = {21, 32 + n, 1};
       run_glu_types(c);
+      c.plan = {5, 3 * n, 1};
+      c.lines = 3;
+      run_glu_types(c);
     }
   }
   for (const Plan& plan : {Plan{64, 256, 1}, Plan{300, 40, 1}, Plan{2, 700, 1}, Plan{3, 5000, 1}, Plan{40, 1, 1}})
@@ -335,6 +339,7 @@ void glu_plans() {
         c.multiprocessors = multiprocessors;
         c.gap = gap;
         run_glu_types(c);
+        if (plan.count % 4 == 0) c.lines = 4;
         c.shared_parameter = 2;
         c.p2_and_p4 = c.want_du = false;
         c.offset = 1;
