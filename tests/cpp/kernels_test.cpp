@@ -256,7 +256,8 @@ void run_glu(const Case& c, const char* type) {
   args.dtype = kType<S>;
   args.parameters.dtype = kType<P>;
   args.run = c.gap < 0 ? 0 : count / c.lines;
-  const auto pitch = [&](int k) { return args.run + c.gap * (k + 1); };
+  // Each its own; whole vectors apart where the run and the gap make whole vectors.
+  const auto pitch = [&](int k) { return args.run + c.gap + 16 * k; };
   const auto at = [&](int k, int64_t i) { return args.run ? i / args.run * pitch(k) + i % args.run : i; };
   std::vector<Buffer<S>> in;
   std::vector<Buffer<P>> p, dp;
@@ -321,7 +322,7 @@ void glu_plans() {
     run_glu_types({{1, 1, n}});
     run_glu_types({{3, 5, 64 + n}});
     run_glu_types({{3, n, 1}});
-    for (int64_t gap : {0, 1, 8}) {
+    for (int64_t gap : {int64_t{0}, int64_t{1}, (31 - n) % 16 + 1}) {  // the last: a pitch of whole vectors
       Case c{{3, n, 1}};
       c.gap = gap;
       run_glu_types(c);
