@@ -1,7 +1,9 @@
 """Each planted bug in the CUDA kernels or their planner must fail the C++ kernel test (tests/cpp/kernels_test.cpp)."""
 
+import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,26 +42,39 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.emulated
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_planted_bug_is_caught(name, tmp_path):
+def build_and_run(name, folder):
+    """The C++ kernel test with the bug in it."""
     path, old, new = MUTATIONS[name]
-    for folder in ("csrc", "tests/cpp", "tests/emulation"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
+    for part in ("csrc", "tests/cpp", "tests/emulation"):
+        shutil.copytree(ROOT / part, folder / part)
     if old:
-        text = (tmp_path / path).read_text()
+        text = (folder / path).read_text()
         assert text.count(old) == 1, f"{path} has the text to change {text.count(old)} times"
-        (tmp_path / path).write_text(text.replace(old, new))
+        (folder / path).write_text(text.replace(old, new))
 
     torch_include = Path(torch.__file__).parent / "include"
     command = ["g++", "-std=c++20", "-O1", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     command += ["-Itests/emulation/include", "-Itests/emulation", "-isystem", str(torch_include)]
     command += ["tests/cpp/kernels_test.cpp", "tests/emulation/cuda_emulation.cpp", "-o", "kernels_test"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    result = subprocess.run(
-        ["./kernels_test", "--stop-at-first-failure"], cwd=tmp_path, capture_output=True, text=True, errors="replace"
+    subprocess.run(command, cwd=folder, check=True)
+    return subprocess.run(
+        ["./kernels_test", "--stop-at-first-failure"], cwd=folder, capture_output=True, text=True, errors="replace"
     )
+
+
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """name → its run, to come; as many at a time as there are cores."""
+    names = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {name: pool.submit(build_and_run, name, tmp_path_factory.mktemp("mutation")) for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.emulated
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_planted_bug_is_caught(name, runs):
+    result = runs[name].result()
     if name == "none":
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     else:
