@@ -103,6 +103,7 @@ Tensor leaf_forward_autograd(const Tensor& u, const Tensor& p1, const OptionalTe
 FiveTensors leaf_backward_autograd(const Tensor& grad, const Tensor& u, const Tensor& p1, const OptionalTensor& p2,
                                    const Tensor& p3, const OptionalTensor& p4, std::array<bool, 5> mask) {
   const ParameterList parameters = {p1, p2, p3, p4};
+  check_layout("leaf_backward", "grad", grad);
   check_layout(u, parameters);
   const bool differentiable = any_requires_grad(grad, u, p1, p2, p3, p4);
   if (any_tangent(grad, u, p1, p2, p3, p4) || (differentiable && inside_functorch())) {
@@ -123,6 +124,12 @@ SixTensors leaf_double_backward_autograd(const OptionalTensor& v, const Optional
                                          const Tensor& u, const Tensor& p1, const OptionalTensor& p2, const Tensor& p3,
                                          const OptionalTensor& p4, std::array<bool, 6> mask) {
   const ParameterList parameters = {p1, p2, p3, p4};
+  check_layout("leaf_double_backward", "grad", grad);
+  check_layout("leaf_double_backward", "v", v);
+  check_layout("leaf_double_backward", "v1", v1);
+  check_layout("leaf_double_backward", "v2", v2);
+  check_layout("leaf_double_backward", "v3", v3);
+  check_layout("leaf_double_backward", "v4", v4);
   check_layout(u, parameters);
   if (any_tangent(v, v1, v2, v3, v4, grad, u, p1, p2, p3, p4) ||
       any_requires_grad(v, v1, v2, v3, v4, grad, u, p1, p2, p3, p4)) {

@@ -34,12 +34,14 @@ void check(const Tensor& u, const ParameterList& parameters, const Names& names)
     if (parameters[q]) check_parameter(names, kNames[q], *parameters[q], *parameters[0], u);
 }
 
-void check_layout(const Tensor& u, const ParameterList& parameters, const Names& names) {
-  TORCH_CHECK_TYPE(u.layout() == at::kStrided, names.function, ": ", names.u, " has layout ", u.layout(),
+void check_layout(const char* function, const char* name, const OptionalTensor& t) {
+  TORCH_CHECK_TYPE(!t || t->layout() == at::kStrided, function, ": ", name, " has layout ", t->layout(),
                    "; it takes Strided");
-  for (int q = 0; q < 4; ++q)
-    TORCH_CHECK_TYPE(!parameters[q] || parameters[q]->layout() == at::kStrided, names.function, ": ", kNames[q],
-                     " has layout ", parameters[q]->layout(), "; it takes Strided");
+}
+
+void check_layout(const Tensor& u, const ParameterList& parameters, const Names& names) {
+  check_layout(names.function, names.u, u);
+  for (int q = 0; q < 4; ++q) check_layout(names.function, kNames[q], parameters[q]);
 }
 
 void check_like(const char* name, const Tensor& t, const char* like_name, const Tensor& like) {

@@ -16,6 +16,7 @@ struct Names {
 void check(const Tensor& u, const ParameterList& parameters, const Names& names = {});
 
 // Ahead of the dispatch by layout, which knows no names.
+void check_layout(const char* function, const char* name, const OptionalTensor& t);
 void check_layout(const Tensor& u, const ParameterList& parameters, const Names& names = {});
 
 // t, called `name` ("leaf_backward: grad"), has the dtype, the device and the shape of `like`.

@@ -32,10 +32,12 @@ void check_gate(const Gate& gate, const ParameterList& parameters) {
   check_like("leaf_glu: b", gate.b, "a", gate.a);
 }
 
-// The halves of what `a`'s layout is for: where the pass goes line by line, each operand by a pitch of its own.
+// Whether the pass goes line by line, each operand by a pitch of its own: for the halves of a packed tensor, and for
+// two that do not lie alike. Else all go in a's memory order.
 bool goes_by_lines(const Gate& gate) {
+  if (gate.packed) return true;
   if (gate.a.is_non_overlapping_and_dense() && same_layout(gate.a, gate.b)) return false;
-  return line_pitch(gate.a) && (gate.packed || at::empty_like(gate.a, at::kMeta).is_contiguous());
+  return line_pitch(gate.a) && at::empty_like(gate.a, at::kMeta).is_contiguous();
 }
 
 // A packed tensor of any layout as one whose halves go line by line.
@@ -164,6 +166,7 @@ Tensor leaf_glu_forward_autograd(const Tensor& a, const OptionalTensor& b, const
                                  const Tensor& p3, const OptionalTensor& p4) {
   const ParameterList parameters = {p1, p2, p3, p4};
   check_layout(a, parameters, kGluNames);
+  check_layout("leaf_glu", "b", b);
   const bool differentiable = any_requires_grad(a, b, p1, p2, p3, p4);
   if (any_tangent(a, b, p1, p2, p3, p4) || (differentiable && inside_functorch())) {
     const Gate gate = gate_of(a, b);
@@ -181,6 +184,8 @@ SixTensors leaf_glu_backward_autograd(const Tensor& grad, const Tensor& a, const
                                       std::array<bool, 6> mask) {
   const ParameterList parameters = {p1, p2, p3, p4};
   check_layout(a, parameters, kGluNames);
+  check_layout("leaf_glu", "b", b);
+  check_layout("leaf_glu_backward", "grad", grad);
   if (any_tangent(grad, a, b, p1, p2, p3, p4) || any_requires_grad(grad, a, b, p1, p2, p3, p4)) {
     const Gate gate = gate_of(a, b);
     check_gate(gate, parameters);

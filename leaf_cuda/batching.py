@@ -81,9 +81,19 @@ def double_backward_rule(leaf_double_backward):
     return rule
 
 
+def _gate(a: Tensor, dim: int | None, b: Tensor | None, size: int) -> Tensor:
+    """a, (batch, …). Without b the halves are of its last dimension, which must not be the batch."""
+    a = _batch_first(a, dim, size)
+    if b is None and a.dim() == 1:
+        raise ValueError(
+            "leaf_glu: a has shape []; without b its last dimension takes an even size, of a and b side by side"
+        )
+    return a
+
+
 def _glu_forward(info, in_dims, a, b, *parameters):
     size = info.batch_size
-    a = _batch_first(a, in_dims[0], size)
+    a = _gate(a, in_dims[0], b, size)
     b = b if b is None else _batch_first(b, in_dims[1], size)
     aligned = [_aligned(p, dim, size, a.dim() - 1, own=False) for p, dim in zip(parameters, in_dims[2:])]
     return _ops.leaf_glu_forward(a, b, *aligned), 0
@@ -92,7 +102,7 @@ def _glu_forward(info, in_dims, a, b, *parameters):
 def _glu_backward(info, in_dims, grad, a, b, *rest):
     *parameters, mask = rest
     dims, size = in_dims[3:7], info.batch_size
-    grad, a = _batch_first(grad, in_dims[0], size), _batch_first(a, in_dims[1], size)
+    grad, a = _batch_first(grad, in_dims[0], size), _gate(a, in_dims[1], b, size)
     b = b if b is None else _batch_first(b, in_dims[2], size)
     aligned = [_aligned(p, dim, size, a.dim() - 1, own) for p, dim, own in zip(parameters, dims, mask[2:])]
     da, db, *dp = _ops.leaf_glu_backward(grad, a, b, *aligned, mask)

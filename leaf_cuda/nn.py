@@ -9,6 +9,11 @@ from .functional import leaf_glu
 from .modules import LEAF
 
 
+def _arithmetic(weight: Tensor) -> torch.dtype:
+    """The dtype of LEAF's parameters beside such weights."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
 class LeafGLU(LEAF):
     """The gated linear unit with LEAF as its gate's activation, y = leaf(a)·b, with trained p1, p2, p3 and p4.
 
@@ -30,14 +35,14 @@ class LeafMLP(nn.Module):
     same shape.
 
     A state dict of LLaMA's own MLP (``gate_proj``, ``up_proj``, ``down_proj``) loads with strict=True: LEAF's parameters,
-    ``act_fn.p1`` ... ``act_fn.p4``, then stay as they are.
+    ``act_fn.p1`` ... ``act_fn.p4``, then have their initial form.
 
     Args:
         hidden_size, intermediate_size: features of x, and between the projections.
         size: of LEAF's parameters, (1,) or (intermediate_size,).
         init_as: LEAF's initial form; "SiLU" is LLaMA's own activation.
         bias: whether the projections have one.
-        device, dtype: of the projections' weights. LEAF's parameters are in float32 (float64 for float64).
+        device, dtype: of the projections' weights. LEAF's parameters are in float32, for float64 in float64.
     """
 
     def __init__(
@@ -56,15 +61,15 @@ class LeafMLP(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, **like)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, **like)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, **like)
-        self.act_fn = LeafGLU(size=size, init_as=init_as, device=device)
-        if self.gate_proj.weight.dtype == torch.float64:
-            self.act_fn.double()
+        self.act_fn = LeafGLU(size=size, init_as=init_as, device=device, dtype=_arithmetic(self.gate_proj.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x), self.up_proj(x)))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        own = {f"{prefix}act_fn.{name}": p for name, p in self.act_fn.named_parameters()}
-        if not any(key in state_dict for key in own):  # a checkpoint of a fixed activation
-            state_dict |= {key: p.detach() for key, p in own.items()}
+        weight = state_dict.get(f"{prefix}gate_proj.weight")
+        values = {f"{prefix}act_fn.{name}": value for name, value in self.act_fn._initial_values().items()}
+        if weight is not None and values.keys().isdisjoint(state_dict):  # a checkpoint of a fixed activation
+            like = {"dtype": _arithmetic(weight), "device": weight.device}
+            state_dict |= {key: torch.full(self.act_fn.size, value, **like) for key, value in values.items()}
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -355,6 +355,29 @@ def test_mlp_takes_llamas_weights(device, size):
     assert all(p.grad.abs().max() > 0 for p in mlp.act_fn.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("assign", [False, True])
+def test_mlp_from_the_meta_device(assign, dtype):
+    """LLaMA's weights into a module without any: LEAF's parameters have their initial form, in the weights' arithmetic."""
+    state = PlainMLP(8, 24).to(dtype).state_dict()
+    mlp = LeafMLP(8, 24, size=(24,), device="meta", dtype=dtype)
+    if not assign:
+        mlp.to_empty(device="cpu")
+    mlp.load_state_dict(state, strict=True, assign=assign)
+    assert [p.unique().tolist() for p in mlp.act_fn.parameters()] == [[1], [0], [1], [0]]
+    assert {p.dtype for p in mlp.act_fn.parameters()} == {torch.promote_types(dtype, torch.float32)}
+    assert mlp(torch.randn(2, 8).to(dtype)).dtype == dtype
+
+
+def test_mlp_beside_another_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            assert LeafMLP(4, 8, dtype=dtype)(torch.randn(2, 4, dtype=dtype)).dtype == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_mlp_state_dict():
     """A full one loads too; one that has some of LEAF's keys only is refused."""
     trained = LeafMLP(8, 24)
@@ -423,11 +446,25 @@ ONE = torch.ones(4)
         ((torch.ones(2, 4), torch.ones(2, 4), None, ONE, ONE, ONE), TypeError, "leaf_glu: p1 is of type NoneType"),
         ((torch.ones(2, 4), torch.ones(2, 4, device="meta"), ONE, ONE, ONE, ONE), ValueError, "b is on meta"),
         ((torch.ones(2, 4).to_sparse(), torch.ones(2, 4), ONE, ONE, ONE, ONE), TypeError, "leaf_glu: a has layout"),
+        ((torch.ones(2, 4), torch.ones(2, 4).to_sparse(), ONE, ONE, ONE, ONE), TypeError, "leaf_glu: b has layout"),
     ],
 )
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         leaf_glu(*arguments)
+
+
+def test_vmap_of_a_packed_scalar():
+    """The batch is not split into a and b."""
+    for shape, f in (((4,), vmap), ((3, 4), lambda f: vmap(vmap(f)))):
+        with pytest.raises(ValueError, match="leaf_glu: a has shape .*even"):
+            f(lambda a: leaf_glu(a, None, 1, 0, 1, 0))(torch.randn(shape))
+
+
+def test_strides_of_a_packed_line():
+    """As the meta kernel foretells them."""
+    x, one = torch.randn(1, 8), torch.ones(1)
+    assert FORWARD(x, None, one, one, one, one).stride() == (4, 1)
 
 
 def test_numbers_stand_for_parameters(device):

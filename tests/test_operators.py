@@ -67,6 +67,8 @@ def test_opcheck_of_masks(mask):
         ({"v3": torch.ones(3).half()}, TypeError, "leaf_double_backward: v3 has dtype"),
         ({"grad": torch.ones(3)}, ValueError, "leaf_double_backward: grad has shape"),
         ({"u": torch.ones(2, 3).to_sparse()}, TypeError, "u has layout"),
+        ({"grad": torch.ones(2, 3).to_sparse()}, TypeError, "leaf_double_backward: grad has layout"),
+        ({"v": torch.ones(2, 3).to_sparse()}, TypeError, "leaf_double_backward: v has layout"),
     ],
 )
 def test_double_backward_checks_its_arguments(change, error, message):
