@@ -45,7 +45,7 @@ FEATURES = {
     "DistributedDataParallel": r"test_two_processes.*ddp",
     "FSDP2": r"test_two_processes.*fsdp",
     "DTensor": r"test_two_processes.*dtensor",
-    "gated units: all of this for `leaf_glu`": r"test_glu",
+    "gated units: `leaf_glu`, `LeafGLU`, `LeafMLP`": r"test_glu",
 }
 
 
