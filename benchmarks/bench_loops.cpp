@@ -14,12 +14,12 @@ using namespace leaf_cuda::cpu;
 
 namespace {
 
-constexpr int64_t kRows = 8, kColumns = 1024, kElements = kRows * kColumns;
+constexpr int64_t kRows = 32, kColumns = 256, kElements = kRows * kColumns;
 
 struct Data {
   alignas(64) float in[kMaxInputs][kElements], out[kMaxOutputs][kElements], by_column[kMaxParameters][kColumns];
   double one_set[kMaxParameters];
-  alignas(64) double sums[4 * kSumStride];
+  alignas(64) double sums[kMaxSums * kSumStride<Forward>];
   Operands operands{};
   const void* p[kMaxParameters];
 
@@ -61,10 +61,13 @@ double nanoseconds(F run) {
 }
 
 void print(const char* target, const char* operation, const InnerLoops& loops) {
-  const double segment = nanoseconds([&] { loops.segment(data.operands, kElements, data.one_set, false, data.sums); });
+  std::printf("%-7s %-16s", target, operation);
+  if (loops.segment)
+    std::printf("one set %.3f   ",
+                nanoseconds([&] { loops.segment(data.operands, kElements, data.one_set, false, data.sums); }));
   const double columns =
       nanoseconds([&] { loops.columns(data.operands, kRows, kColumns, kColumns, data.p, false, data.sums); });
-  std::printf("%-7s %-16s one set %.3f   per column %.3f ns per element\n", target, operation, segment, columns);
+  std::printf("per column %.3f ns per element\n", columns);
 }
 
 }  // namespace
@@ -83,8 +86,12 @@ int main() {
       {"DEFAULT", CpuCapability::baseline, kLoopsBaseline}};
   for (const Target& t : targets) {
     if (cpu_capability() < t.needs) continue;
-    print(t.name, "forward", t.loops.float32.forward);
-    print(t.name, "backward", t.loops.float32.backward);
-    print(t.name, "double backward", t.loops.float32.double_backward);
+    print(t.name, "forward", t.loops.float32[Operation::forward]);
+    print(t.name, "backward", t.loops.float32[Operation::backward]);
+    print(t.name, "double backward", t.loops.float32[Operation::double_backward]);
+    print(t.name, "lstm forward", t.loops.float32[Operation::lstm_forward]);
+    print(t.name, "lstm backward", t.loops.float32[Operation::lstm_backward]);
+    print(t.name, "gru forward", t.loops.float32[Operation::gru_forward]);
+    print(t.name, "gru backward", t.loops.float32[Operation::gru_backward]);
   }
 }

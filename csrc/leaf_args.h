@@ -24,7 +24,7 @@ struct Args {
   const void* in[kMaxInputs];
   int in_stride[kMaxInputs];  // 1, or 0 where all of the input is one element; u's is 1
   void* out[kMaxOutputs];     // null if not needed; one may be u
-  void* dp[4];                // `count` values of dp_dtype each; null if not needed
+  void* dp[kMaxSums];         // `count` values of dp_dtype each; null if not needed
   c10::ScalarType dp_dtype;
   // For pitched operations: element i of an operand is at i / run · its pitch + i % run; the plan's `inner` is then 1
   // and its `count` a multiple of `run`. With a run of 0 all operands are in memory order, without gaps.
@@ -46,6 +46,14 @@ void dispatch_operation(Operation operation, F f) {
       return f(GluForward());
     case Operation::glu_backward:
       return f(GluBackward());
+    case Operation::lstm_forward:
+      return f(LstmForward());
+    case Operation::lstm_backward:
+      return f(LstmBackward());
+    case Operation::gru_forward:
+      return f(GruForward());
+    case Operation::gru_backward:
+      return f(GruBackward());
   }
 }
 

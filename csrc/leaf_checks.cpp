@@ -6,14 +6,7 @@ namespace {
 bool is_half(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
 
 void check_parameter(const Names& names, const char* name, const Tensor& p, const Tensor& p1, const Tensor& u) {
-  const auto u_type = u.scalar_type(), type = p.scalar_type();
-  TORCH_CHECK_TYPE(type == u_type || (is_half(u_type) && type == at::kFloat), names.function, ": ", name, " has dtype ",
-                   type, ", but ", names.u, " of dtype ", u_type, " takes parameters of dtype ", u_type,
-                   is_half(u_type) ? " or Float" : "");
-  TORCH_CHECK_TYPE(type == p1.scalar_type(), names.function, ": ", name, " has dtype ", type, " and p1 ",
-                   p1.scalar_type(), "; all parameters take one dtype");
-  TORCH_CHECK_VALUE(p.device() == u.device(), names.function, ": ", name, " is on ", p.device(), ", but ", names.u,
-                    " is on ", u.device(), "; all tensors take one device");
+  check_parameter_type(names, name, p, p1, u);
   const auto u_sizes = u.sym_sizes(), sizes = p.sym_sizes();
   const int64_t offset = u.dim() - p.dim();
   for (int64_t d = 0; d < p.dim(); ++d) {
@@ -26,10 +19,25 @@ void check_parameter(const Names& names, const char* name, const Tensor& p, cons
 
 }  // namespace
 
-void check(const Tensor& u, const ParameterList& parameters, const Names& names) {
+void check_dtype(const Tensor& u, const Names& names) {
   TORCH_CHECK_TYPE(u.scalar_type() == at::kDouble || u.scalar_type() == at::kFloat || is_half(u.scalar_type()),
                    names.function, ": ", names.u, " has dtype ", u.scalar_type(),
                    "; it takes Double, Float, BFloat16 or Half");
+}
+
+void check_parameter_type(const Names& names, const char* name, const Tensor& p, const Tensor& p1, const Tensor& u) {
+  const auto u_type = u.scalar_type(), type = p.scalar_type();
+  TORCH_CHECK_TYPE(type == u_type || (is_half(u_type) && type == at::kFloat), names.function, ": ", name, " has dtype ",
+                   type, ", but ", names.u, " of dtype ", u_type, " takes parameters of dtype ", u_type,
+                   is_half(u_type) ? " or Float" : "");
+  TORCH_CHECK_TYPE(type == p1.scalar_type(), names.function, ": ", name, " has dtype ", type, " and p1 ",
+                   p1.scalar_type(), "; all parameters take one dtype");
+  TORCH_CHECK_VALUE(p.device() == u.device(), names.function, ": ", name, " is on ", p.device(), ", but ", names.u,
+                    " is on ", u.device(), "; all tensors take one device");
+}
+
+void check(const Tensor& u, const ParameterList& parameters, const Names& names) {
+  check_dtype(u, names);
   for (int q = 0; q < 4; ++q)
     if (parameters[q]) check_parameter(names, kNames[q], *parameters[q], *parameters[0], u);
 }

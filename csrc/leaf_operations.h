@@ -1,24 +1,48 @@
 // The operations: what a pass over u does with one element, for the loops of every backend.
 //
-// An operation has `inputs` and `outputs` of u's shape, in[0] is u; `sets` of parameters, four each; and, with `sums`,
-// adds the element's share of the gradients of the first set's parameters to sum[0..3]. Of a `pitched` one each operand
-// may have a distance of its own from row to row (Args::run).
+// An operation has `inputs` and `outputs` of u's shape, in[0] is u; `sets` of parameters, four each; and adds the
+// element's shares of `sums` gradients, those of the first sets' parameters, to sum[0], sum[1], ... Input k may be one
+// element for all where `repeatable` has bit k. Of a `pitched` one each operand may have a distance of its own from row
+// to row (Args::run); where it is `by_lines`, it always has one.
 #pragma once
 
 #include "leaf_math.h"
 
 namespace leaf_cuda {
 
-enum class Operation { forward, backward, double_backward, glu_forward, glu_backward };
+enum class Operation {
+  forward,
+  backward,
+  double_backward,
+  glu_forward,
+  glu_backward,
+  lstm_forward,
+  lstm_backward,
+  gru_forward,
+  gru_backward
+};
+constexpr int kOperations = 9;
 
 // The most of any operation.
-constexpr int kMaxInputs = 3, kMaxOutputs = 2, kMaxParameters = 8;
+constexpr int kMaxInputs = 7, kMaxOutputs = 5, kMaxParameters = 20, kMaxSums = 20;
+
+// grad times the derivative of leaf(u) by u; adds those by the parameters to sum[0..3].
+template <class M, class T = typename M::T>
+LEAF_FUNCTION T gradient(const T& u, const T& grad, const Parameters<T>& p, T* sum) {
+  const Partials<T> d = leaf_partials<M>(u, grad, p);
+  sum[0] += d.p1;
+  sum[1] += d.p2;
+  sum[2] += d.p3;
+  sum[3] += grad;
+  return d.u;
+}
 
 // (u) → y
 struct Forward {
   static constexpr Operation operation = Operation::forward;
-  static constexpr int inputs = 1, outputs = 1, sets = 1;
-  static constexpr bool sums = false, pitched = false;
+  static constexpr int inputs = 1, outputs = 1, sets = 1, sums = 0;
+  static constexpr unsigned repeatable = 0;
+  static constexpr bool pitched = false, by_lines = false;
 
   template <class M, class T = typename M::T>
   static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T*) {
@@ -29,25 +53,22 @@ struct Forward {
 // (u, grad) → du, Σ dp1, ..., Σ dp4
 struct Backward {
   static constexpr Operation operation = Operation::backward;
-  static constexpr int inputs = 2, outputs = 1, sets = 1;
-  static constexpr bool sums = true, pitched = false;
+  static constexpr int inputs = 2, outputs = 1, sets = 1, sums = 4;
+  static constexpr unsigned repeatable = 0b10;
+  static constexpr bool pitched = false, by_lines = false;
 
   template <class M, class T = typename M::T>
   static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T* sum) {
-    const Partials<T> d = leaf_partials<M>(in[0], in[1], p[0]);
-    out[0] = d.u;
-    sum[0] += d.p1;
-    sum[1] += d.p2;
-    sum[2] += d.p3;
-    sum[3] += in[1];
+    out[0] = gradient<M>(in[0], in[1], p[0], sum);
   }
 };
 
 // (u, grad, v) and a second set of parameters, v1, ..., v4 → dgrad, du, Σ dp1, Σ dp2, Σ dp3. The gradient of p4 is 0.
 struct DoubleBackward {
   static constexpr Operation operation = Operation::double_backward;
-  static constexpr int inputs = 3, outputs = 2, sets = 2;
-  static constexpr bool sums = true, pitched = false;
+  static constexpr int inputs = 3, outputs = 2, sets = 2, sums = 4;
+  static constexpr unsigned repeatable = 0b110;
+  static constexpr bool pitched = false, by_lines = false;
 
   template <class M, class T = typename M::T>
   static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T* sum) {
@@ -63,8 +84,9 @@ struct DoubleBackward {
 // The gated unit y = leaf(u)·b: (u, b) → y
 struct GluForward {
   static constexpr Operation operation = Operation::glu_forward;
-  static constexpr int inputs = 2, outputs = 1, sets = 1;
-  static constexpr bool sums = false, pitched = true;
+  static constexpr int inputs = 2, outputs = 1, sets = 1, sums = 0;
+  static constexpr unsigned repeatable = 0b10;
+  static constexpr bool pitched = true, by_lines = false;
 
   template <class M, class T = typename M::T>
   static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T*) {
@@ -75,19 +97,90 @@ struct GluForward {
 // (u, b, grad) → du, db, Σ dp1, ..., Σ dp4. (The two calls have their σ in common: compilers see it.)
 struct GluBackward {
   static constexpr Operation operation = Operation::glu_backward;
-  static constexpr int inputs = 3, outputs = 2, sets = 1;
-  static constexpr bool sums = true, pitched = true;
+  static constexpr int inputs = 3, outputs = 2, sets = 1, sums = 4;
+  static constexpr unsigned repeatable = 0b110;
+  static constexpr bool pitched = true, by_lines = false;
 
   template <class M, class T = typename M::T>
   static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T* sum) {
-    const T grad = in[2] * in[1];
-    const Partials<T> d = leaf_partials<M>(in[0], grad, p[0]);
-    out[0] = d.u;
+    out[0] = gradient<M>(in[0], in[2] * in[1], p[0], sum);
     out[1] = in[2] * leaf<M>(in[0], p[0]);
-    sum[0] += d.p1;
-    sum[1] += d.p2;
-    sum[2] += d.p3;
-    sum[3] += grad;
+  }
+};
+
+// The pointwise part of an LSTM's step, LEAF in the place of its sigmoids and tanhs: the pre-activations of the input
+// gate, the forget gate, the candidate and the output gate, and the cell's state, (i, f, g, o, c) → h', c'
+//   c' = leaf(f)·c + leaf(i)·leaf(g)    h' = leaf(o)·leaf(c')
+// with the sets of parameters of i, f, g, o and c'.
+struct LstmForward {
+  static constexpr Operation operation = Operation::lstm_forward;
+  static constexpr int inputs = 5, outputs = 2, sets = 5, sums = 0;
+  static constexpr unsigned repeatable = 0;
+  static constexpr bool pitched = true, by_lines = true;
+
+  template <class M, class T = typename M::T>
+  static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T*) {
+    const T i = leaf<M>(in[0], p[0]), f = leaf<M>(in[1], p[1]), g = leaf<M>(in[2], p[2]), o = leaf<M>(in[3], p[3]);
+    out[1] = M::multiply_add(f, in[4], i * g);
+    out[0] = o * leaf<M>(out[1], p[4]);
+  }
+};
+
+// (i, f, g, o, c, dh', dc') → di, df, dg, do, dc, and the sums of all five sets
+struct LstmBackward {
+  static constexpr Operation operation = Operation::lstm_backward;
+  static constexpr int inputs = 7, outputs = 5, sets = 5, sums = 20;
+  static constexpr unsigned repeatable = 0;
+  static constexpr bool pitched = true, by_lines = true;
+
+  template <class M, class T = typename M::T>
+  static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T* sum) {
+    const T i = leaf<M>(in[0], p[0]), f = leaf<M>(in[1], p[1]), g = leaf<M>(in[2], p[2]), o = leaf<M>(in[3], p[3]);
+    const T c = M::multiply_add(f, in[4], i * g);
+    const T dc = in[6] + gradient<M>(c, in[5] * o, p[4], sum + 16);
+    out[0] = gradient<M>(in[0], dc * g, p[0], sum);
+    out[1] = gradient<M>(in[1], dc * in[4], p[1], sum + 4);
+    out[2] = gradient<M>(in[2], dc * i, p[2], sum + 8);
+    out[3] = gradient<M>(in[3], in[5] * leaf<M>(c, p[4]), p[3], sum + 12);
+    out[4] = dc * f;
+  }
+};
+
+// The pointwise part of a GRU's step: the pre-activations of the reset gate, the update gate and the candidate, of this
+// the parts by x and by h apart, and the state, (r, z, n, m, h) → h'
+//   n' = leaf(n + leaf(r)·m)    h' = n' + leaf(z)·(h − n')
+// with the sets of parameters of r, z and n'.
+struct GruForward {
+  static constexpr Operation operation = Operation::gru_forward;
+  static constexpr int inputs = 5, outputs = 1, sets = 3, sums = 0;
+  static constexpr unsigned repeatable = 0;
+  static constexpr bool pitched = true, by_lines = true;
+
+  template <class M, class T = typename M::T>
+  static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T*) {
+    const T r = leaf<M>(in[0], p[0]), z = leaf<M>(in[1], p[1]);
+    const T n = leaf<M>(M::multiply_add(r, in[3], in[2]), p[2]);
+    out[0] = M::multiply_add(z, in[4] - n, n);
+  }
+};
+
+// (r, z, n, m, h, dh') → dr, dz, dn, dm, dh, and the sums of all three sets
+struct GruBackward {
+  static constexpr Operation operation = Operation::gru_backward;
+  static constexpr int inputs = 6, outputs = 5, sets = 3, sums = 12;
+  static constexpr unsigned repeatable = 0;
+  static constexpr bool pitched = true, by_lines = true;
+
+  template <class M, class T = typename M::T>
+  static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T* sum) {
+    const T r = leaf<M>(in[0], p[0]), z = leaf<M>(in[1], p[1]);
+    const T u = M::multiply_add(r, in[3], in[2]);
+    const T n = leaf<M>(u, p[2]);
+    out[2] = gradient<M>(u, in[5] * (1 - z), p[2], sum + 8);
+    out[0] = gradient<M>(in[0], out[2] * in[3], p[0], sum);
+    out[1] = gradient<M>(in[1], in[5] * (in[4] - n), p[1], sum + 4);
+    out[3] = out[2] * r;
+    out[4] = in[5] * z;
   }
 };
 

@@ -125,6 +125,21 @@ void define_operators(torch::Library& library) {
       "leaf_glu_backward(Tensor grad, Tensor a, Tensor? b, Tensor p1, Tensor? p2, Tensor p3, Tensor? p4,"
       " bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
+  // A layer of an LSTM or, without c, of a GRU, over all steps: x, (steps, batch, features) or with batch_sizes a
+  // packed sequence's rows, → output, h_n, c_n; and, for backward, all c and all pre-activations.
+  library.def(
+      "leaf_recurrent_forward(Tensor x, Tensor h, Tensor? c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih,"
+      " Tensor? bias_hh, Tensor p1, Tensor p2, Tensor p3, Tensor p4, Tensor? batch_sizes, bool reverse)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      tags);
+  // The gradients of its tensors, from x to p4.
+  library.def(
+      "leaf_recurrent_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor output, Tensor cells,"
+      " Tensor pre, Tensor x, Tensor h, Tensor? c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? "
+      "bias_hh,"
+      " Tensor p1, Tensor p2, Tensor p3, Tensor p4, Tensor? batch_sizes, bool reverse, bool[11] output_mask)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      tags);
 }
 
 bool is_unregistered(c10::DispatchKey key, const char* name) {

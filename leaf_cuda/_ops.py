@@ -36,6 +36,8 @@ leaf_backward = torch.ops.leaf_cuda.leaf_backward.default
 leaf_double_backward = torch.ops.leaf_cuda.leaf_double_backward.default
 leaf_glu_forward = torch.ops.leaf_cuda.leaf_glu_forward.default
 leaf_glu_backward = torch.ops.leaf_cuda.leaf_glu_backward.default
+leaf_recurrent_forward = torch.ops.leaf_cuda.leaf_recurrent_forward.default
+leaf_recurrent_backward = torch.ops.leaf_cuda.leaf_recurrent_backward.default
 
 
 _KEYS = {"cpu": "CPU", "cuda": "CUDA", "meta": "Meta"}

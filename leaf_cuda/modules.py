@@ -43,6 +43,11 @@ def _form(init_as) -> tuple[float, float, float, float]:
     )
 
 
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of LEAF's parameters beside weights of this one."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _size(size) -> tuple[int, ...]:
     sizes = tuple(size) if isinstance(size, Iterable) else (size,)
     if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
@@ -71,9 +76,14 @@ class LearnableActivation(nn.Module):
 
     keep_float32: bool
 
-    def _initial_values(self) -> dict[str, float]:
-        """The parameters' names and initial values."""
+    def _initial_values(self) -> dict[str, tuple[float, ...]]:
+        """The parameters' names and initial values: one for all elements, or one for each row."""
         raise NotImplementedError
+
+    def _initial_tensor(self, values: tuple[float, ...], like: dict) -> Tensor:
+        if len(values) == 1:
+            return torch.full(self.size, values[0], **like)
+        return torch.stack([torch.full(self.size[1:], value, **like) for value in values])
 
     def __init__(self, *, size=(1,), init_as="ReLU", device=None, dtype=None, keep_float32: bool = True):
         super().__init__()
@@ -84,12 +94,13 @@ class LearnableActivation(nn.Module):
             dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype is {dtype}; it takes a floating-point dtype")
-        for name, value in self._initial_values().items():
-            if abs(value) > torch.finfo(dtype).max and math.isfinite(value):
-                raise ValueError(
-                    f"dtype is {dtype}, which cannot hold {name} = {value:g} of the form {init_as!r}; it takes "
-                    "torch.float32 (also for inputs in half precision) or torch.bfloat16"
-                )
+        for name, values in self._initial_values().items():
+            for value in values:
+                if abs(value) > torch.finfo(dtype).max and math.isfinite(value):
+                    raise ValueError(
+                        f"dtype is {dtype}, which cannot hold {name} = {value:g} of the form {init_as!r}; it takes "
+                        "torch.float32 (also for inputs in half precision) or torch.bfloat16"
+                    )
             setattr(self, name, nn.Parameter(torch.empty(self.size, device=device, dtype=dtype)))
         self.reset_parameters()
 
@@ -115,8 +126,24 @@ class LearnableActivation(nn.Module):
 
     def reset_parameters(self) -> None:
         """Back to the initial form."""
-        for name, value in self._initial_values().items():
-            nn.init.constant_(getattr(self, name), value)
+        with torch.no_grad():
+            for name, values in self._initial_values().items():
+                p = getattr(self, name)
+                p.copy_(self._initial_tensor(values, {"dtype": p.dtype, "device": p.device}))
+
+    def add_initial_values(self, state_dict: dict, prefix: str, weight: Tensor | None) -> None:
+        """Adds this module's parameters in their initial form to a state dict that has none of them, as one of a fixed
+        activation, whose ``weight`` beside them tells the dtype and the device."""
+        values = {f"{prefix}{name}": values for name, values in self._initial_values().items()}
+        if weight is None or not values.keys().isdisjoint(state_dict):
+            return
+        like = {"dtype": arithmetic_dtype(weight.dtype), "device": weight.device}
+        state_dict |= {key: self._initial_tensor(value, like) for key, value in values.items()}
+
+    def parts(self) -> dict[str, tuple]:
+        """What the module has of activations, for a figure: a name behind its own → (its initial form, its parameters by
+        name)."""
+        return {"": (self.init_as, {name: getattr(self, name) for name in self._initial_values()})}
 
     def _apply(self, fn, recurse=True):
         def keeping_float32(t: Tensor) -> Tensor:
@@ -161,8 +188,8 @@ class LEAF(LearnableActivation):
         ValueError: an unknown ``init_as``, a non-positive ``size``, or a form that ``dtype`` cannot hold.
     """
 
-    def _initial_values(self) -> dict[str, float]:
-        return dict(zip(("p1", "p2", "p3", "p4"), _form(self.init_as)))
+    def _initial_values(self) -> dict[str, tuple[float, ...]]:
+        return {name: (value,) for name, value in zip(("p1", "p2", "p3", "p4"), _form(self.init_as))}
 
     def forward(self, u: Tensor) -> Tensor:
         return leaf(u, self.p1, self.p2, self.p3, self.p4)
@@ -175,13 +202,13 @@ class AHAF(LearnableActivation):
     with p2 = p4 = 0 and p3 ≠ 0: "ReLU", "SiLU", "CUSTOM", "GELU" or ("Swish", β).
     """
 
-    def _initial_values(self) -> dict[str, float]:
+    def _initial_values(self) -> dict[str, tuple[float, ...]]:
         p1, p2, p3, p4 = _form(self.init_as)
         if p2 != 0 or p3 == 0 or p4 != 0:
             raise ValueError(
                 f"init_as is {self.init_as!r}, which is no form of AHAF: y = β·u·σ(γ·u) has p2 = p4 = 0 and p3 ≠ 0"
             )
-        return {"gamma": p3, "beta": p1}
+        return {"gamma": (p3,), "beta": (p1,)}
 
     def forward(self, u: Tensor) -> Tensor:
         return ahaf(u, self.beta, self.gamma)

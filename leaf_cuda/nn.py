@@ -1,17 +1,14 @@
-"""Gated units with LEAF inside."""
+"""Gated units with LEAF inside, and recurrent layers."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from .functional import leaf_glu
-from .modules import LEAF
+from .modules import LEAF, arithmetic_dtype
+from .recurrent import CellLEAF, LeafGRU, LeafGRUCell, LeafLSTM, LeafLSTMCell
 
-
-def _arithmetic(weight: Tensor) -> torch.dtype:
-    """The dtype of LEAF's parameters beside such weights."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+__all__ = ["CellLEAF", "LeafGLU", "LeafGRU", "LeafGRUCell", "LeafLSTM", "LeafLSTMCell", "LeafMLP"]
 
 
 class LeafGLU(LEAF):
@@ -61,15 +58,13 @@ class LeafMLP(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, **like)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, **like)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, **like)
-        self.act_fn = LeafGLU(size=size, init_as=init_as, device=device, dtype=_arithmetic(self.gate_proj.weight))
+        self.act_fn = LeafGLU(
+            size=size, init_as=init_as, device=device, dtype=arithmetic_dtype(self.gate_proj.weight.dtype)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x), self.up_proj(x)))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        weight = state_dict.get(f"{prefix}gate_proj.weight")
-        values = {f"{prefix}act_fn.{name}": value for name, value in self.act_fn._initial_values().items()}
-        if weight is not None and values.keys().isdisjoint(state_dict):  # a checkpoint of a fixed activation
-            like = {"dtype": _arithmetic(weight), "device": weight.device}
-            state_dict |= {key: torch.full(self.act_fn.size, value, **like) for key, value in values.items()}
+        self.act_fn.add_initial_values(state_dict, f"{prefix}act_fn.", state_dict.get(f"{prefix}gate_proj.weight"))
         super()._load_from_state_dict(state_dict, prefix, *args)

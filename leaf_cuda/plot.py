@@ -46,7 +46,12 @@ def plot_forms(
         raise ImportError(f"plot_forms takes matplotlib: pip install matplotlib ({error})") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is of type {type(model).__name__}; it takes a torch.nn.Module")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LearnableActivation)}
+    layers = {
+        (name or type(module).__name__) + of_part: (module, *part)
+        for name, module in model.named_modules()
+        if isinstance(module, LearnableActivation)
+        for of_part, part in module.parts().items()
+    }
     if not layers:
         raise ValueError("model has no LEAF or AHAF to draw; leaf_cuda.convert.replace_activations puts them in")
     if not isinstance(samples, int) or samples < 1:
@@ -59,13 +64,13 @@ def plot_forms(
     rows = -(-len(layers) // columns)
     figure = Figure(figsize=(0.6 + 3 * columns, 0.6 + 2.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for (name, layer), panel in zip(layers.items(), panels):
-        behind, label = _reference(layer, reference)
-        curves, count = _curves(layer, u, samples)
+    for (name, (layer, form, parameters)), panel in zip(layers.items(), panels):
+        behind, label = _reference(form, reference)
+        curves, count = _curves(ahaf if isinstance(layer, AHAF) else leaf, parameters, u, samples)
         panel.plot(u, behind(u), color="black", linestyle="--", linewidth=1.2, label=label, zorder=3)
         panel.plot(u, curves.T, color="tab:blue", linewidth=1, alpha=max(0.25, 1 / len(curves)))
         shown = f"{count} form{'s' if count > 1 else ''}" if count == len(curves) else f"{len(curves)} of {count} forms"
-        panel.set_title(f"{name or type(layer).__name__}: {shown}", fontsize=9)
+        panel.set_title(f"{name}: {shown}", fontsize=9)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     for panel in list(panels):
@@ -75,10 +80,10 @@ def plot_forms(
     return figure
 
 
-def _reference(layer: LearnableActivation, reference) -> tuple[Callable[[Tensor], Tensor], str]:
+def _reference(initial, reference) -> tuple[Callable[[Tensor], Tensor], str]:
     if callable(reference):
         return reference, getattr(reference, "__name__", type(reference).__name__)
-    form = layer.init_as if reference is None else reference
+    form = initial if reference is None else reference
     try:
         values = _form(form)
     except ValueError as error:
@@ -87,10 +92,10 @@ def _reference(layer: LearnableActivation, reference) -> tuple[Callable[[Tensor]
     return lambda u: leaf(u, *values), label + (" at the start" if reference is None else "")
 
 
-def _curves(layer: LearnableActivation, u: Tensor, samples: int) -> tuple[Tensor, int]:
-    """y (curves, points) for at most `samples` of the layer's sets of parameters, and how many sets there are."""
-    function, names = (ahaf, ("beta", "gamma")) if isinstance(layer, AHAF) else (leaf, ("p1", "p2", "p3", "p4"))
-    parameters = [getattr(layer, name).detach().to("cpu", torch.float64).flatten() for name in names]
-    count = parameters[0].numel()
+def _curves(function, parameters: dict[str, Tensor], u: Tensor, samples: int) -> tuple[Tensor, int]:
+    """y (curves, points) for at most `samples` of the sets of parameters, and how many sets there are."""
+    names = ("beta", "gamma") if function is ahaf else ("p1", "p2", "p3", "p4")
+    values = [parameters[name].detach().to("cpu", torch.float64).flatten() for name in names]
+    count = values[0].numel()
     chosen = torch.linspace(0, count - 1, min(samples, count)).round().long()
-    return function(u.expand(len(chosen), -1), *(p[chosen, None] for p in parameters)), count
+    return function(u.expand(len(chosen), -1), *(p[chosen, None] for p in values)), count

@@ -18,6 +18,49 @@ def leaf_glu(a: Tensor, b: Tensor | None, p1: Tensor, p2: Tensor | None, p3: Ten
     return (_in_math(a, p1, p2, p3, p4) * b).to(a.dtype)
 
 
+def recurrent(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    p1: Tensor,
+    p2: Tensor,
+    p3: Tensor,
+    p4: Tensor,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    """A recurrent layer, an LSTM's or, without c, a GRU's: output, h_n and an LSTM's c_n. See recurrent.py."""
+    math = torch.promote_types(x.dtype, torch.float32)
+
+    def act(u: Tensor, row: int) -> Tensor:
+        return _in_math(u, p1[row], p2[row], p3[row], p4[row])
+
+    by_x = torch.nn.functional.linear(x, weight_ih, bias_ih)
+    steps = list(by_x) if batch_sizes is None else list(by_x.split(batch_sizes.tolist()))
+    outputs = [h] * len(steps)
+    for t in reversed(range(len(steps))) if reverse else range(len(steps)):
+        n = len(steps[t])
+        state = h[:n]
+        through = torch.nn.functional.linear(state, weight_hh, bias_hh)
+        if c is not None:
+            i, f, g, o = (steps[t] + through).to(math).chunk(4, -1)
+            cell = act(f, 1) * c[:n] + act(i, 0) * act(g, 2)
+            new = (act(o, 3) * act(cell, 4)).to(x.dtype)
+            c = torch.cat([cell.to(x.dtype), c[n:]])
+        else:
+            (r, z, m), (r_x, z_x, n_x) = through.chunk(3, -1), steps[t].chunk(3, -1)
+            candidate = act((n_x.to(math) + act((r_x + r).to(math), 0) * m), 2)
+            new = (candidate + act((z_x + z).to(math), 1) * (state - candidate)).to(x.dtype)
+        h = torch.cat([new, h[n:]])
+        outputs[t] = new
+    output = torch.stack(outputs) if batch_sizes is None else torch.cat(outputs)
+    return (output, h) if c is None else (output, h, c)
+
+
 def _in_math(u: Tensor, p1: Tensor, p2: Tensor | None, p3: Tensor, p4: Tensor | None) -> Tensor:
     math = torch.promote_types(u.dtype, torch.float32)
 

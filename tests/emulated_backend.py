@@ -41,7 +41,15 @@ def configure(blocks="ascending", threads="ascending", seed=0, multiprocessors=2
 def installed():
     """Within it torch.ops.leaf_cuda runs the emulated CUDA kernels on CPU tensors."""
     library = torch.library.Library("leaf_cuda", "IMPL")
-    for name in ("forward", "backward", "double_backward", "glu_forward", "glu_backward"):
+    for name in (
+        "forward",
+        "backward",
+        "double_backward",
+        "glu_forward",
+        "glu_backward",
+        "recurrent_forward",
+        "recurrent_backward",
+    ):
         name = f"leaf_{name}"
         emulated = getattr(torch.ops.leaf_cuda_emulated, name).default
         library.impl(name, emulated, "CPU", allow_override=True)

@@ -20,8 +20,12 @@ constexpr int64_t kMinSegment = 128;
 constexpr int64_t kMinColumns = 64;
 // From so many columns on, a vector cut short at the end of each row costs less than folding rows.
 constexpr int64_t kUnfoldedColumns = 1024;
-// What one task of a parallel loop works on at least: far beyond the cost of handing it out.
-constexpr int64_t kTaskElements = 32768;
+// What one task of a parallel loop works on at least: far beyond the cost of handing it out. A recurrent step's
+// elements take several times as long as others.
+template <class Op>
+constexpr int64_t kTaskElements = !Op::by_lines ? 32768
+                                  : Op::sums    ? 4096
+                                                : 8192;
 // Outputs of more bytes than this would leave the last-level cache again before they are all there.
 constexpr int64_t kBeyondCaches = int64_t{32} << 20;
 // Rows share their partial sums: at least so many, for the sums to stay under an eighth of u; and so that there are
@@ -88,7 +92,7 @@ void segment_parameters(const FlatParameters& parameters, int64_t index, double*
 
 // The parameters of the columns first ... first + columns of a block, on to the next multiple of kColumnMultiple, in
 // the arithmetic type T: where they lie, or in a buffer.
-template <class T, int sets>
+template <class T, int sets, int64_t kBlock>
 class ColumnParameters {
  public:
   ColumnParameters(const FlatParameters& parameters, const Plan& plan, int64_t fold, int64_t first, int64_t columns) {
@@ -120,7 +124,7 @@ class ColumnParameters {
   }
 
   const void* p_[4 * sets];
-  T buffer_[4 * sets][kColumnBlock];
+  T buffer_[4 * sets][kBlock];
 };
 
 // The operands at element i of a plan whose rows (of a block of columns, say) are `row` elements long.
@@ -143,7 +147,7 @@ Operands operands_at(const Args& a, int64_t i, int64_t row) {
 
 // u in memory order, cut into chunks of equal length and where the parameters change.
 struct Segments {
-  static constexpr int64_t chunk = kTaskElements;
+  static constexpr int64_t chunk = kTaskElements<Forward>;
   int64_t inner, numel;
 
   explicit Segments(const Plan& plan) : inner(plan.inner), numel(plan.numel()) {}
@@ -180,15 +184,16 @@ struct ColumnBlocks {
   Columns columns;
   int64_t inner, run, block, blocks_in_run, blocks, rows_per_chunk, chunks;
 
-  explicit ColumnBlocks(const Args& a) : inner(a.plan.inner) {
+  // Blocks of `most` columns at most, tasks of task_elements at least.
+  ColumnBlocks(const Args& a, int64_t most, int64_t task_elements) : inner(a.plan.inner) {
     const bool fold = a.run == 0 && a.plan.count * inner < kUnfoldedColumns;
     columns = columns_of(a.plan, fold ? kColumnMultiple : 1, fold ? kMinColumns : 1);
     run = a.run ? a.run : columns.width;
-    block = std::min(run, kColumnBlock / inner * inner);  // whole parameters
+    block = std::min(run, most / inner * inner);  // whole parameters
     blocks_in_run = (run + block - 1) / block;
     blocks = columns.width / run * blocks_in_run;
     const int64_t wanted = std::max<int64_t>(1, kTasks / blocks);
-    rows_per_chunk = std::max({kTaskElements / block, (columns.rows + wanted - 1) / wanted, kMinRowsPerChunk});
+    rows_per_chunk = std::max({task_elements / block, (columns.rows + wanted - 1) / wanted, kMinRowsPerChunk});
     chunks = (columns.rows + rows_per_chunk - 1) / rows_per_chunk + (columns.tail ? 1 : 0);
   }
 
@@ -207,10 +212,10 @@ struct ColumnBlocks {
   }
 };
 
-// f(task) for each of `tasks` equal shares of numel elements. A thread is not woken for less than kTaskElements.
-template <class F>
+// f(task) for each of `tasks` equal shares of numel elements. A thread is not woken for less than kTaskElements<Op>.
+template <class Op, class F>
 void parallel_tasks(int64_t tasks, int64_t numel, F f) {
-  const int64_t grain = std::max<int64_t>(1, kTaskElements * tasks / numel);
+  const int64_t grain = std::max<int64_t>(1, kTaskElements<Op> * tasks / numel);
   at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) f(task);
   });
@@ -221,11 +226,11 @@ bool beyond_caches(const Plan& plan, at::ScalarType dtype) {
 }
 
 // dp[q][first + k] = sums[q·stride + k], k < n
-template <class T>
+template <class Op, class T>
 void write_gradients(const Args& a, int64_t first, int64_t n, const T* sums, int64_t stride) {
   dispatch_value_type(a.dp_dtype, [&](auto zero) {
     using P = decltype(zero);
-    for (int q = 0; q < 4; ++q)
+    for (int q = 0; q < Op::sums; ++q)
       if (a.dp[q])
         for (int64_t k = 0; k < n; ++k) static_cast<P*>(a.dp[q])[first + k] = static_cast<P>(sums[q * stride + k]);
   });
@@ -236,13 +241,13 @@ constexpr int64_t kFinished = 256;
 
 // Writes the gradients of all parameters: add(first, n, sums) adds the partial sums of n of them, in the plan's order,
 // to sums[q·kFinished + k].
-template <class F>
+template <class Op, class F>
 void finish(const Args& a, F add) {
   for (int64_t first = 0; first < a.plan.count; first += kFinished) {
     const int64_t n = std::min(kFinished, a.plan.count - first);
-    double sums[4 * kFinished] = {};
+    double sums[kSums<Op> * kFinished] = {};
     add(first, n, sums);
-    write_gradients(a, first, n, sums, kFinished);
+    write_gradients<Op>(a, first, n, sums, kFinished);
   }
 }
 
@@ -255,62 +260,70 @@ template <class Op, class T>
 void run_segments(const Args& a, const InnerLoops& loops, const Tensor& like) {
   const Segments segments(a.plan);
   const bool stream = beyond_caches(a.plan, a.dtype);
-  const Tensor workspace = Op::sums ? make_workspace<T>({segments.segments(), 4}, like) : Tensor();
+  const Tensor workspace = Op::sums ? make_workspace<T>({segments.segments(), Op::sums}, like) : Tensor();
   T* const partial = Op::sums ? workspace.mutable_data_ptr<T>() : nullptr;
-  parallel_tasks(segments.tasks(), a.plan.numel(), [&](int64_t task) {
+  parallel_tasks<Op>(segments.tasks(), a.plan.numel(), [&](int64_t task) {
     segments.for_each(task, [&](int64_t segment, int64_t row, int64_t i, int64_t n) {
-      double p[4 * Op::sets], sums[4] = {};
+      double p[4 * Op::sets], sums[kSums<Op>] = {};
       segment_parameters<Op::sets>(a.parameters, row % a.plan.count, p);
       loops.segment(operands_at(a, i, 0), n, p, stream, sums);
-      if (Op::sums) std::copy_n(sums, 4, partial + segment * 4);
+      std::copy_n(sums, Op::sums, partial + segment * Op::sums);
     });
   });
   if (!Op::sums) return;
-  finish(a, [&](int64_t first, int64_t n, double* sums) {
+  finish<Op>(a, [&](int64_t first, int64_t n, double* sums) {
     for (int64_t o = 0; o < a.plan.outer; ++o)
       for (int64_t k = 0; k < n; ++k)
         segments.for_row(o * a.plan.count + first + k, [&](int64_t segment) {
-          for (int q = 0; q < 4; ++q) sums[q * kFinished + k] += partial[segment * 4 + q];
+          for (int q = 0; q < Op::sums; ++q) sums[q * kFinished + k] += partial[segment * Op::sums + q];
         });
   });
 }
 
+// The most columns of a block. Where a recurrent step has too few rows to share, its columns are shared.
+template <class Op>
+int64_t most_columns(const Plan& plan) {
+  if (!Op::by_lines || plan.outer >= kMinRowsPerChunk) return kColumnBlock<Op>;
+  return std::clamp(kTaskElements<Op> / plan.outer / kColumnMultiple * kColumnMultiple, kMinColumns, kColumnBlock<Op>);
+}
+
 template <class Op, class T>
 void run_columns(const Args& a, const InnerLoops& loops, const Tensor& like) {
-  const ColumnBlocks blocks(a);
+  const ColumnBlocks blocks(a, most_columns<Op>(a.plan), kTaskElements<Op>);
   const bool stream = beyond_caches(a.plan, a.dtype);
   const int64_t count = a.plan.count, inner = a.plan.inner, fold = blocks.columns.fold, slots = fold * count;
   // Sums over a chunk's rows and the `inner` columns of a parameter: [chunk][q][fold][count]. Where a task has whole
   // sums, it writes the gradients.
   const bool direct = !Op::sums || (blocks.chunks == 1 && fold == 1);
-  const Tensor workspace = direct ? Tensor() : make_workspace<T>({blocks.chunks, 4, slots}, like);
+  const Tensor workspace = direct ? Tensor() : make_workspace<T>({blocks.chunks, Op::sums, slots}, like);
   T* const partial = direct ? nullptr : workspace.mutable_data_ptr<T>();
-  if (blocks.columns.tail && !direct) std::fill_n(partial + (blocks.chunks - 1) * 4 * slots, 4 * slots, T(0));
-  parallel_tasks(blocks.tasks(), a.plan.numel(), [&](int64_t task) {
+  if (blocks.columns.tail && !direct)
+    std::fill_n(partial + (blocks.chunks - 1) * Op::sums * slots, Op::sums * slots, T(0));
+  parallel_tasks<Op>(blocks.tasks(), a.plan.numel(), [&](int64_t task) {
     blocks.for_task(task, [&](int64_t chunk, int64_t c0, int64_t n, int64_t i, int64_t rows) {
-      const ColumnParameters<T, Op::sets> p(a.parameters, a.plan, fold, c0, n);
-      T sums[Op::sums ? 4 * kSumStride : 1];
+      const ColumnParameters<T, Op::sets, kColumnBlock<Op>> p(a.parameters, a.plan, fold, c0, n);
+      T sums[kSums<Op> * kSumStride<Op>];
       loops.columns(operands_at(a, i, blocks.columns.width), rows, blocks.columns.width, n, p, stream, sums);
       if (!Op::sums) return;
       const int64_t first = c0 / inner, complete = (n + inner - 1) / inner;
       if (inner > 1)
-        for (int q = 0; q < 4; ++q)
+        for (int q = 0; q < Op::sums; ++q)
           for (int64_t k = 0; k < complete; ++k) {
-            const T* const begin = sums + q * kSumStride + k * inner;
-            sums[q * kSumStride + k] =
+            const T* const begin = sums + q * kSumStride<Op> + k * inner;
+            sums[q * kSumStride<Op> + k] =
                 static_cast<T>(std::accumulate(begin, begin + std::min(inner, n - k * inner), 0.0));
           }
-      if (direct) return write_gradients(a, first, complete, sums, kSumStride);
-      for (int q = 0; q < 4; ++q)
-        std::copy_n(sums + q * kSumStride, complete, partial + (chunk * 4 + q) * slots + first);
+      if (direct) return write_gradients<Op>(a, first, complete, sums, kSumStride<Op>);
+      for (int q = 0; q < Op::sums; ++q)
+        std::copy_n(sums + q * kSumStride<Op>, complete, partial + (chunk * Op::sums + q) * slots + first);
     });
   });
   if (direct) return;
-  finish(a, [&](int64_t first, int64_t n, double* sums) {
+  finish<Op>(a, [&](int64_t first, int64_t n, double* sums) {
     for (int64_t chunk = 0; chunk < blocks.chunks; ++chunk)
-      for (int q = 0; q < 4; ++q)
+      for (int q = 0; q < Op::sums; ++q)
         for (int64_t f = 0; f < fold; ++f) {
-          const T* const part = partial + (chunk * 4 + q) * slots + f * count + first;
+          const T* const part = partial + (chunk * Op::sums + q) * slots + f * count + first;
           for (int64_t k = 0; k < n; ++k) sums[q * kFinished + k] += part[k];
         }
   });
@@ -320,11 +333,12 @@ void run(const Args& a, const Tensor& like) {
   const InnerLoops& loops = loops_for(a.dtype)[a.operation];
   dispatch_operation(a.operation, [&](auto operation) {
     using Op = decltype(operation);
-    const bool by_segments = a.plan.inner >= kMinSegment;  // so it has no runs
-    if (a.dtype == at::kDouble)
-      (by_segments ? run_segments<Op, double> : run_columns<Op, double>)(a, loops, like);
-    else
-      (by_segments ? run_segments<Op, float> : run_columns<Op, float>)(a, loops, like);
+    if constexpr (!Op::by_lines)
+      if (a.plan.inner >= kMinSegment) {  // so it has no runs
+        (a.dtype == at::kDouble ? run_segments<Op, double> : run_segments<Op, float>)(a, loops, like);
+        return;
+      }
+    (a.dtype == at::kDouble ? run_columns<Op, double> : run_columns<Op, float>)(a, loops, like);
   });
 }
 

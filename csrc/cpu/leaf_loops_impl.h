@@ -11,6 +11,7 @@ namespace {
 
 using leaf_cuda::Parameters;
 using leaf_cuda::cpu::kColumnMultiple;
+using leaf_cuda::cpu::kSums;
 using leaf_cuda::cpu::kSumStride;
 
 template <class S>
@@ -130,10 +131,10 @@ void segment(O a, int64_t n, const double* p_, double* sums) {
     p[set] = {M::broadcast(p_[4 * set]), M::broadcast(p_[4 * set + 1]), M::broadcast(p_[4 * set + 2]),
               M::broadcast(p_[4 * set + 3])};
   V in[Op::inputs], out[Op::outputs];
-  double lanes[4][M::lanes] = {};
+  double lanes[kSums<Op>][M::lanes] = {};
   int64_t i = 0;
   while (i + M::lanes <= n) {
-    V sum[4] = {};
+    V sum[kSums<Op>] = {};
     const int64_t left = (n - i) / M::lanes;
     const int64_t end = i + (Op::sums && left > kFlush ? kFlush : left) * M::lanes;
     for (; i < end; i += M::lanes) {
@@ -143,23 +144,20 @@ void segment(O a, int64_t n, const double* p_, double* sums) {
 #pragma GCC unroll 8
       for (int k = 0; k < Op::outputs; ++k) a.store(k, i, out[k]);
     }
-    if (Op::sums)
-      for (int q = 0; q < 4; ++q) add_lanes(lanes[q], sum[q]);
+    for (int q = 0; q < Op::sums; ++q) add_lanes(lanes[q], sum[q]);
   }
   if (i < n) {
-    V sum[4] = {};
+    V sum[kSums<Op>] = {};
 #pragma GCC unroll 8
     for (int k = 0; k < Op::inputs; ++k) in[k] = a.load_n(k, i, n - i);
     Op::template apply<M>(in, p, out, sum);
 #pragma GCC unroll 8
     for (int k = 0; k < Op::outputs; ++k) a.store_n(k, i, out[k], n - i);
-    if (Op::sums)
-      for (int q = 0; q < 4; ++q)
-        for (int k = 0; k < n - i; ++k) lanes[q][k] += sum[q][k];
+    for (int q = 0; q < Op::sums; ++q)
+      for (int k = 0; k < n - i; ++k) lanes[q][k] += sum[q][k];
   }
-  if (Op::sums)
-    for (int q = 0; q < 4; ++q)
-      for (int k = 0; k < M::lanes; ++k) sums[q] += lanes[q][k];
+  for (int q = 0; q < Op::sums; ++q)
+    for (int k = 0; k < M::lanes; ++k) sums[q] += lanes[q][k];
 }
 
 template <class T, int Sets>
@@ -190,7 +188,7 @@ struct Block {
 constexpr int kTile = 4;
 
 // One vector of columns, or its first n if Partial, in each of a tile's rows; the operands are at the tile's first, the
-// next tile is `ahead` rows away. Adds to a[q·kSumStride + c].
+// next tile is `ahead` rows away. Adds to a[q·kSumStride<Op> + c].
 template <int Rows, bool Partial, class O>
 LEAF_FUNCTION void tile_vector(const Block<O>& b, const O& operands, int64_t ahead, int64_t c, int64_t n,
                                typename O::T* a) {
@@ -198,7 +196,7 @@ LEAF_FUNCTION void tile_vector(const Block<O>& b, const O& operands, int64_t ahe
   using V = typename O::V;
   Parameters<V> p[Op::sets];
   b.parameters.load_at(c, p);
-  V in[Rows][Op::inputs], out[Op::outputs], sum[4];
+  V in[Rows][Op::inputs], out[Op::outputs], sum[kSums<Op>];
   const auto load_row = [&](int r) {
 #pragma GCC unroll 8
     for (int k = 0; k < Op::inputs; ++k) {
@@ -206,19 +204,20 @@ LEAF_FUNCTION void tile_vector(const Block<O>& b, const O& operands, int64_t ahe
       in[r][k] = Partial ? operands.load_n(k, i, n) : operands.load(k, i);
     }
   };
-  // Without sums there are registers for all rows' inputs, and none waits for an output's store.
-  if (!Op::sums)
+  // Of the operations without sums most have registers for all rows' inputs: then none waits for an output's store.
+  constexpr bool all_rows = !Op::sums && Op::sets == 1;
+  if (all_rows)
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) load_row(r);
-  if (!Op::sums && !Partial)
+  if (all_rows && !Partial)
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) operands.prefetch(r, c, ahead, b.stride);
-  if (Op::sums)
-    for (int q = 0; q < 4; ++q) sum[q] = load(a + q * kSumStride + c);
+#pragma GCC unroll 32
+  for (int q = 0; q < Op::sums; ++q) sum[q] = load(a + q * kSumStride<Op> + c);
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
-    if (Op::sums) load_row(r);
-    if (Op::sums && !Partial) operands.prefetch(r, c, ahead, b.stride);
+    if (!all_rows) load_row(r);
+    if (!all_rows && !Partial) operands.prefetch(r, c, ahead, b.stride);
     Op::template apply<typename O::M>(in[r], p, out, sum);
 #pragma GCC unroll 8
     for (int k = 0; k < Op::outputs; ++k) {
@@ -229,8 +228,8 @@ LEAF_FUNCTION void tile_vector(const Block<O>& b, const O& operands, int64_t ahe
         operands.store(k, i, out[k]);
     }
   }
-  if (Op::sums)
-    for (int q = 0; q < 4; ++q) store(a + q * kSumStride + c, sum[q]);
+#pragma GCC unroll 32
+  for (int q = 0; q < Op::sums; ++q) store(a + q * kSumStride<Op> + c, sum[q]);
 }
 
 template <int Rows, class O>
@@ -242,7 +241,7 @@ LEAF_FUNCTION void tile(const Block<O>& b, int64_t row, int64_t ahead, typename 
   if (c < b.columns) tile_vector<Rows, true>(b, operands, 0, c, b.columns - c, a);
 }
 
-// Rows first ... end of the block; adds to a[q·kSumStride + c]. (Each operation its own function: in one that also
+// Rows first ... end of the block; adds to a[q·kSumStride<Op> + c]. (Each operation its own function: in one that also
 // holds the doubles' sums, GCC 12 runs out of registers. By value, so that no store may change it.)
 template <class O>
 __attribute__((noinline)) void rows(Block<O> b, int64_t first, int64_t end, typename O::T* a) {
@@ -253,25 +252,27 @@ __attribute__((noinline)) void rows(Block<O> b, int64_t first, int64_t end, type
 
 template <class O>
 void columns(const Block<O>& b, typename O::T* sums) {
-  if (!O::Op::sums) return rows(b, 0, b.rows, sums);
+  using Op = typename O::Op;
+  if (!Op::sums) return rows(b, 0, b.rows, sums);
   const int64_t columns = b.columns;
   const auto clear = [&](auto* a) {
-    for (int q = 0; q < 4; ++q)
-      memset(a + q * kSumStride, 0, (columns + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple * sizeof(*a));
+    for (int q = 0; q < Op::sums; ++q)
+      memset(a + q * kSumStride<Op>, 0,
+             (columns + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple * sizeof(*a));
   };
   clear(sums);
   if (b.rows <= kFlush) return rows(b, 0, b.rows, sums);
-  double total[4 * kSumStride];
+  double total[kSums<Op> * kSumStride<Op>];
   clear(total);
   for (int64_t r = 0; r < b.rows; r += kFlush) {
     clear(sums);
     rows(b, r, b.rows - r < kFlush ? b.rows : r + kFlush, sums);
-    for (int q = 0; q < 4; ++q)
-      for (int64_t c = 0; c < columns; ++c) total[q * kSumStride + c] += sums[q * kSumStride + c];
+    for (int q = 0; q < Op::sums; ++q)
+      for (int64_t c = 0; c < columns; ++c) total[q * kSumStride<Op> + c] += sums[q * kSumStride<Op> + c];
   }
-  for (int q = 0; q < 4; ++q)
+  for (int q = 0; q < Op::sums; ++q)
     for (int64_t c = 0; c < columns; ++c)
-      sums[q * kSumStride + c] = static_cast<typename O::T>(total[q * kSumStride + c]);
+      sums[q * kSumStride<Op> + c] = static_cast<typename O::T>(total[q * kSumStride<Op> + c]);
 }
 
 template <class Op, class S>
@@ -298,14 +299,13 @@ struct Typed {
     if (Streamed) end_of_stream();
   }
 
-  // f(Operands) of the type that fits; `stride` elements lie from row to row. in[0], u, is never repeated. (Streams are
-  // for where it pays: where nothing is repeated.)
+  // f(Operands) of the type that fits; `stride` elements lie from row to row. (Streams are for where it pays: where
+  // nothing is repeated.)
   template <unsigned Repeated = 0, class F>
   static void dispatch(const Given& given, int64_t stride, bool stream, F f) {
-    constexpr unsigned last = (1u << Op::inputs) - 2;
     unsigned mask = 0;
-    for (int k = 1; k < Op::inputs; ++k) mask |= unsigned{given.in_stride[k] == 0} << k;
-    if constexpr (Repeated < last)
+    for (int k = 1; k < Op::inputs; ++k) mask |= unsigned{given.in_stride[k] == 0} << k & Op::repeatable;
+    if constexpr (Repeated < Op::repeatable)
       if (mask != Repeated) return dispatch<Repeated + 2>(given, stride, stream, f);
     if constexpr (Repeated == 0)
       if (stream && are_aligned(given, stride)) return call<Repeated, true>(given, f);
@@ -336,13 +336,24 @@ struct Typed {
 
 template <class Op, class S>
 constexpr leaf_cuda::cpu::InnerLoops loops() {
-  return {Typed<Op, S>::run_segment, Typed<Op, S>::run_columns};
+  if constexpr (Op::by_lines)
+    return {nullptr, Typed<Op, S>::run_columns};
+  else
+    return {Typed<Op, S>::run_segment, Typed<Op, S>::run_columns};
+}
+
+template <class S, class... Ops>
+constexpr leaf_cuda::cpu::InnerLoopsByOperation loops_of(Ops...) {
+  leaf_cuda::cpu::InnerLoopsByOperation result{};
+  ((result.loops[static_cast<int>(Ops::operation)] = loops<Ops, S>()), ...);
+  return result;
 }
 
 template <class S>
 constexpr leaf_cuda::cpu::InnerLoopsByOperation loops_by_operation() {
-  return {loops<leaf_cuda::Forward, S>(), loops<leaf_cuda::Backward, S>(), loops<leaf_cuda::DoubleBackward, S>(),
-          loops<leaf_cuda::GluForward, S>(), loops<leaf_cuda::GluBackward, S>()};
+  using namespace leaf_cuda;
+  return loops_of<S>(Forward(), Backward(), DoubleBackward(), GluForward(), GluBackward(), LstmForward(),
+                     LstmBackward(), GruForward(), GruBackward());
 }
 
 }  // namespace

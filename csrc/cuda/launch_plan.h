@@ -73,9 +73,10 @@ struct ColumnsLaunch {
   int tx, ty, threads;
 };
 
-// `run` is Args::run: 0, or what the width must be a multiple of, and vectors must divide.
+// `run` is Args::run: 0, or what the width must be a multiple of, and vectors must divide. sums_bytes: of all sums of
+// one parameter index.
 inline ColumnsLaunch plan_columns(const Plan& plan, int64_t run, int vector, int unroll, int64_t multiprocessors,
-                                  int64_t element_bytes, int64_t sum_bytes) {
+                                  int64_t element_bytes, int64_t sums_bytes) {
   ColumnsLaunch c{run ? columns_of(plan, 1, 1) : columns_of(plan, vector, kMinColumnVectors * vector), plan.count,
                   plan.inner};
   c.line = run ? run : c.columns.width;
@@ -91,7 +92,7 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t run, int vector, int
   const int64_t to_fill = ceil_div(multiprocessors * kBlocksPerMultiprocessor, c.tiles);
   const int64_t with_work = ceil_div(rows, int64_t{c.ty} * unroll);
   const int64_t for_accuracy = ceil_div(rows, c.ty * kMaxSerialSum);
-  const int64_t with_space = workspace_limit(plan, element_bytes) / (4 * sum_bytes * c.slots);
+  const int64_t with_space = workspace_limit(plan, element_bytes) / (sums_bytes * c.slots);
   c.splits = std::max(std::min(to_fill, with_work), for_accuracy);
   c.splits = std::clamp<int64_t>(std::min(c.splits, with_space), 1, kMaxGridY);
   return c;
@@ -100,27 +101,28 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t run, int vector, int
 inline bool by_rows(const Plan& plan, int64_t element_bytes) { return plan.inner * element_bytes >= kMinRowBytes; }
 
 // Whether vectors of columns are worth their partial sums: with a fold these need a workspace whatever the splits.
-inline bool columns_fit(const ColumnsLaunch& c, const Plan& plan, int64_t element_bytes, int64_t sum_bytes) {
-  return c.columns.fold == 1 || 4 * sum_bytes * c.slots <= workspace_limit(plan, element_bytes);
+inline bool columns_fit(const ColumnsLaunch& c, const Plan& plan, int64_t element_bytes, int64_t sums_bytes) {
+  return c.columns.fold == 1 || sums_bytes * c.slots <= workspace_limit(plan, element_bytes);
 }
 
 // Partial sums, [part][q][slot], slot = fold index · count + parameter index. Where there is one part and no fold, they
 // are whole: the gradients themselves, without a workspace.
 struct PartialSums {
-  int64_t parts, fold, count;
+  int64_t sums, parts, fold, count;
   bool whole;
   int64_t values;  // in the workspace
 };
 
-inline PartialSums partial_sums(int64_t parts, int64_t fold, int64_t count) {
-  const bool whole = parts == 1 && fold == 1;
-  return {parts, fold, count, whole, whole ? 0 : parts * 4 * fold * count};
+inline PartialSums partial_sums(int64_t sums, int64_t parts, int64_t fold, int64_t count) {
+  const bool whole = sums == 0 || (parts == 1 && fold == 1);
+  return {sums, parts, fold, count, whole, whole ? 0 : parts * sums * fold * count};
 }
 
-// The finishing kernel: kx parameters by ky shares of their partial sums in a block; ky is a power of two.
+// The finishing kernel, for each of the sums: kx parameters by ky shares of their partial sums in a block; ky is a
+// power of two.
 struct FinishLaunch {
   PartialSums sums;
-  int64_t grid;
+  int64_t grid;  // by as many as there are sums
   int kx, ky;
 };
 

@@ -182,7 +182,7 @@ struct Operands {
   }
 
   // Runs the operation on what was loaded from there, in the same registers, and stores the outputs. With PerElement
-  // each of the N elements has its own parameters p[e·sets] and sums sum[e·4], else they share p and sum.
+  // each of the N elements has its own parameters p[e·sets] and sums sum[e·sums], else they share p and sum.
   template <bool PerElement, int N>
   __device__ __forceinline__ void run(const Place& place, Loaded<N>& loaded, const Parameters<Arithmetic<S>>* p,
                                       Arithmetic<S>* sum) const {
@@ -192,7 +192,7 @@ struct Operands {
       Arithmetic<S> x[Op::inputs], y[Op::outputs];
 #pragma unroll
       for (int k = 0; k < Op::inputs; ++k) x[k] = static_cast<Arithmetic<S>>(loaded.in[k].at[e]);
-      Op::template apply<Math<S>>(x, p + PerElement * e * Op::sets, y, sum + PerElement * e * 4);
+      Op::template apply<Math<S>>(x, p + PerElement * e * Op::sets, y, sum + PerElement * e * Op::sums);
 #pragma unroll
       for (int k = 0; k < Op::outputs; ++k) loaded.in[k].at[e] = static_cast<S>(y[k]);
     }
@@ -210,9 +210,16 @@ struct Operands {
   }
 };
 
-// Blocks that a multiprocessor is to hold at once, which bounds the registers.
+// Blocks that a multiprocessor is to hold at once, which bounds the registers: a thread has the parameters and the sums
+// of a column in them.
+template <class Op, class S>
+constexpr int kMinBlocks = Op::inputs == 1                               ? 3
+                           : Op::sums > 12 && sizeof(Arithmetic<S>) == 8 ? 1
+                                                                         : 2;
+
+// Room for an operation's sums: an array has at least one element.
 template <class Op>
-constexpr int kMinBlocks = Op::inputs == 1 ? 3 : 2;
+constexpr int kSums = Op::sums ? Op::sums : 1;
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
@@ -251,13 +258,13 @@ struct RowCursor {
   }
 };
 
-// The block's sum of each thread's sum[0..3], in thread 0...3: thread q has that of sum[q]. All threads must call it.
-template <class A>
+// The block's sum of each thread's sum[0], sum[1], ...: thread q has that of sum[q]. All threads must call it.
+template <int sums, class A>
 __device__ __forceinline__ A block_sum(const A* sum) {
   A* const shared = reinterpret_cast<A*>(leaf_smem);  // [q][warp]
   const int warps = blockDim.x / kWarp;
 #pragma unroll
-  for (int q = 0; q < 4; ++q) {
+  for (int q = 0; q < sums; ++q) {
     A s = sum[q];
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2) s += __shfl_xor_sync(0xffffffffu, s, offset);
@@ -265,38 +272,38 @@ __device__ __forceinline__ A block_sum(const A* sum) {
   }
   __syncthreads();
   A total = 0;
-  if (threadIdx.x < 4)
+  if (threadIdx.x < sums)
     for (int w = 0; w < warps; ++w) total += shared[threadIdx.x * warps + w];
   __syncthreads();  // before the next call writes
   return total;
 }
 
 // Where a block's sums go: to the gradients if they are whole, else to the workspace; nowhere if no gradient is wanted.
-template <class A>
+template <int sums, class A>
 struct SumTarget {
   bool wanted;
   PartialSums layout;
   A* partial;
-  void* dp[4];
+  void* dp[sums ? sums : 1];
   c10::ScalarType dp_dtype;
 
   __device__ __forceinline__ void store(int q, int64_t part, int64_t slot, A value) const {
     if (!layout.whole)
-      partial[(part * 4 + q) * layout.fold * layout.count + slot] = value;
+      partial[(part * sums + q) * layout.fold * layout.count + slot] = value;
     else if (dp[q])
       store_as(dp[q], dp_dtype, slot, value);
   }
 };
 
 template <class Op, class S, int N, int Unroll>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op>)
-    rows(RowsLaunch r, FlatParameters parameters, Operands<Op, S> a, SumTarget<Arithmetic<S>> target) {
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
+    rows(RowsLaunch r, FlatParameters parameters, Operands<Op, S> a, SumTarget<Op::sums, Arithmetic<S>> target) {
   using A = Arithmetic<S>;
   for (int64_t item = blockIdx.x; item < r.count * r.splits; item += gridDim.x) {
     const int64_t k = item % r.count, split = item / r.count;
     Parameters<A> p[Op::sets];
     load_parameters<A, Op::sets>(parameters, k, p);
-    A sum[4] = {};
+    A sum[kSums<Op>] = {};
     RowCursor<N> cursor(r, k, split * r.threads + threadIdx.x);
     while (cursor.in_range()) {
       typename RowCursor<N>::Slot slots[Unroll];
@@ -318,11 +325,13 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op>)
         }
       }
     }
-    if (!Op::sums || !target.wanted) continue;
-    const A total = block_sum(sum);
+    if constexpr (Op::sums > 0) {
+      if (!target.wanted) continue;
+      const A total = block_sum<Op::sums>(sum);
 #pragma unroll
-    for (int q = 0; q < 4; ++q)
-      if (static_cast<int>(threadIdx.x) == q) target.store(q, split, k, total);
+      for (int q = 0; q < Op::sums; ++q)
+        if (static_cast<int>(threadIdx.x) == q) target.store(q, split, k, total);
+    }
   }
 }
 
@@ -363,11 +372,11 @@ __device__ __forceinline__ void load_column_parameters(const ColumnsLaunch& c, c
 }
 
 template <class Op, class S, int N, int Unroll>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op>)
-    columns(ColumnsLaunch c, FlatParameters parameters, Operands<Op, S> a, SumTarget<Arithmetic<S>> target) {
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
+    columns(ColumnsLaunch c, FlatParameters parameters, Operands<Op, S> a, SumTarget<Op::sums, Arithmetic<S>> target) {
   using A = Arithmetic<S>;
   const ColumnThread<N> t(c);
-  A sum[N * 4] = {};
+  A sum[N * kSums<Op>] = {};
   if (t.active) {
     Parameters<A> p[N * Op::sets];
     load_column_parameters<A, N, Op::sets>(c, parameters, t.column, p);
@@ -390,7 +399,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op>)
     }
 #pragma unroll
     for (int e = 0; e < N; ++e)
-      if (e < t.rest) a.run_one(place(c.columns.rows, e), p + e * Op::sets, sum + e * 4);
+      if (e < t.rest) a.run_one(place(c.columns.rows, e), p + e * Op::sets, sum + e * Op::sums);
   }
 
   if (!Op::sums || !target.wanted) return;
@@ -398,28 +407,28 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op>)
   if (c.ty == 1 && c.inner == 1) {
     if (!t.active) return;
 #pragma unroll
-    for (int q = 0; q < 4; ++q)
+    for (int q = 0; q < Op::sums; ++q)
 #pragma unroll
-      for (int e = 0; e < N; ++e) target.store(q, blockIdx.y, t.column + e, sum[e * 4 + q]);
+      for (int e = 0; e < N; ++e) target.store(q, blockIdx.y, t.column + e, sum[e * Op::sums + q]);
     return;
   }
   A* const shared = reinterpret_cast<A*>(leaf_smem);  // [ty][q][column]
   if (t.ty < c.ty) {
 #pragma unroll
-    for (int q = 0; q < 4; ++q)
+    for (int q = 0; q < Op::sums; ++q)
 #pragma unroll
-      for (int e = 0; e < N; ++e) shared[(t.ty * 4 + q) * width + t.tx * N + e] = sum[e * 4 + q];
+      for (int e = 0; e < N; ++e) shared[(t.ty * Op::sums + q) * width + t.tx * N + e] = sum[e * Op::sums + q];
   }
   __syncthreads();
   const int inner = static_cast<int>(c.inner), slots = width / inner;
 #pragma unroll
-  for (int q = 0; q < 4; ++q) {
+  for (int q = 0; q < Op::sums; ++q) {
     for (int s = threadIdx.x; s < slots; s += blockDim.x) {
       const int64_t slot = static_cast<int64_t>(blockIdx.x) * slots + s;
       if (slot >= c.slots) break;
       A total = 0;
       for (int ty = 0; ty < c.ty; ++ty)
-        for (int i = 0; i < inner; ++i) total += shared[(ty * 4 + q) * width + s * inner + i];
+        for (int i = 0; i < inner; ++i) total += shared[(ty * Op::sums + q) * width + s * inner + i];
       target.store(q, blockIdx.y, slot, total);
     }
   }
@@ -427,30 +436,27 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op>)
 
 // ---- partial sums to gradients --------------------------------------------------------------------------------------
 
-template <class A>
-__global__ void __launch_bounds__(kMaxThreads) finish(FinishLaunch f, SumTarget<A> target) {
-  A* const shared = reinterpret_cast<A*>(leaf_smem);  // [q][ky][kx]
+// Block y adds up the sums of gradient y.
+template <int sums, class A>
+__global__ void __launch_bounds__(kMaxThreads) finish(FinishLaunch f, SumTarget<sums, A> target) {
+  A* const shared = reinterpret_cast<A*>(leaf_smem);  // [ky][kx]
   const int x = threadIdx.x % f.kx, y = threadIdx.x / f.kx;
-  const int64_t count = f.sums.count, fold = f.sums.fold;
+  const int64_t count = f.sums.count, fold = f.sums.fold, q = blockIdx.y;
   for (int64_t k0 = static_cast<int64_t>(blockIdx.x) * f.kx; k0 < count; k0 += static_cast<int64_t>(gridDim.x) * f.kx) {
-    A sum[4] = {};
+    A sum = 0;
     if (k0 + x < count)
       for (int64_t j = y; j < f.sums.parts * fold; j += f.ky)
-#pragma unroll
-        for (int q = 0; q < 4; ++q) sum[q] += target.partial[((j / fold * 4 + q) * fold + j % fold) * count + k0 + x];
-#pragma unroll
-    for (int q = 0; q < 4; ++q) shared[q * blockDim.x + threadIdx.x] = sum[q];
+        sum += target.partial[((j / fold * sums + q) * fold + j % fold) * count + k0 + x];
+    shared[threadIdx.x] = sum;
     for (int half = f.ky / 2; half > 0; half /= 2) {
       __syncthreads();
-      if (y < half)
-#pragma unroll
-        for (int q = 0; q < 4; ++q)
-          shared[q * blockDim.x + threadIdx.x] += shared[q * blockDim.x + threadIdx.x + half * f.kx];
+      if (y < half) shared[threadIdx.x] += shared[threadIdx.x + half * f.kx];
     }
-    if (y == 0 && k0 + x < count)
+    if (y == 0 && k0 + x < count) {
 #pragma unroll
-      for (int q = 0; q < 4; ++q)
-        if (target.dp[q]) store_as(target.dp[q], target.dp_dtype, k0 + x, shared[q * blockDim.x + threadIdx.x]);
+      for (int which = 0; which < sums; ++which)
+        if (which == q && target.dp[which]) store_as(target.dp[which], target.dp_dtype, k0 + x, shared[threadIdx.x]);
+    }
     __syncthreads();  // before the next round writes
   }
 }

@@ -8,7 +8,7 @@ namespace leaf_cuda::cuda {
 
 // Vectors of each input that a thread has under way at once: about as many in all, whatever the operation.
 template <class Op>
-constexpr int kUnroll = 4 / Op::inputs;
+constexpr int kUnroll = Op::inputs < 4 ? 4 / Op::inputs : 1;
 
 template <class F>
 void dispatch_storage(c10::ScalarType dtype, F f) {
@@ -48,7 +48,7 @@ struct LaunchPlan {
 
 template <class Op, class S>
 LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
-  constexpr int64_t sum_bytes = sizeof(Arithmetic<S>);
+  constexpr int64_t sums_bytes = kSums<Op> * sizeof(Arithmetic<S>);
   LaunchPlan b{};
   b.vector = true;
   for (int k = 0; k < Op::inputs; ++k) b.vector = b.vector && (a.in_stride[k] == 0 || is_aligned(a.in[k]));
@@ -62,27 +62,28 @@ LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
   b.by_rows = by_rows(a.plan, sizeof(S));  // never with a run: `inner` is 1
   if (b.by_rows) {
     b.rows = plan_rows(a.plan, b.vector ? kVector<S> : 1, kUnroll<Op>, multiprocessors);
-    b.sums = partial_sums(b.rows.splits, 1, a.plan.count);
+    b.sums = partial_sums(Op::sums, b.rows.splits, 1, a.plan.count);
   } else {
     const auto plan = [&](int vector) {
-      return plan_columns(a.plan, a.run, vector, kUnroll<Op>, multiprocessors, sizeof(S), sum_bytes);
+      return plan_columns(a.plan, a.run, vector, kUnroll<Op>, multiprocessors, sizeof(S), sums_bytes);
     };
     b.vector = b.vector && kColumnVectors<Op>;
     if (b.vector) b.columns = plan(kVector<S>);
-    if (!b.vector || (Op::sums && !columns_fit(b.columns, a.plan, sizeof(S), sum_bytes))) {
+    if (!b.vector || (Op::sums && !columns_fit(b.columns, a.plan, sizeof(S), sums_bytes))) {
       b.vector = false;
       b.columns = plan(1);
     }
-    b.sums = partial_sums(b.columns.splits, b.columns.columns.fold, a.plan.count);
+    b.sums = partial_sums(Op::sums, b.columns.splits, b.columns.columns.fold, a.plan.count);
   }
   b.finish = plan_finish(b.sums, multiprocessors);
-  b.sums_wanted = Op::sums && (a.dp[0] || a.dp[1] || a.dp[2] || a.dp[3]);
-  b.workspace_bytes = b.sums_wanted ? b.sums.values * sum_bytes : 0;
+  b.sums_wanted = std::any_of(a.dp, a.dp + Op::sums, [](const void* dp) { return dp; });
+  b.workspace_bytes = b.sums_wanted ? b.sums.values * sizeof(Arithmetic<S>) : 0;
   return b;
 }
 
 template <class Op, class S, int N, class Launcher>
-void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Arithmetic<S>>& target, const Launcher& launch) {
+void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Op::sums, Arithmetic<S>>& target,
+                 const Launcher& launch) {
   using A = Arithmetic<S>;
   Operands<Op, S> operands;
   for (int k = 0; k < Op::inputs; ++k) {
@@ -94,15 +95,18 @@ void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Arithmetic<
     for (int k = 0; k < Op::inputs; ++k) operands.in_pitch[k] = a.run ? a.in_pitch[k] : b.columns.line;
     for (int k = 0; k < Op::outputs; ++k) operands.out_pitch[k] = a.run ? a.out_pitch[k] : b.columns.line;
   }
-  if (b.by_rows) {
-    const RowsLaunch& r = b.rows;
-    launch(rows<Op, S, N, kUnroll<Op>>, dim3(r.grid), r.threads, Op::sums ? 4 * (r.threads / kWarp) * sizeof(A) : 0, r,
-           a.parameters, operands, target);
-  } else if constexpr (N == 1 || kColumnVectors<Op>) {
+  if constexpr (!Op::by_lines)
+    if (b.by_rows) {
+      const RowsLaunch& r = b.rows;
+      launch(rows<Op, S, N, kUnroll<Op>>, dim3(r.grid), r.threads, Op::sums * (r.threads / kWarp) * sizeof(A), r,
+             a.parameters, operands, target);
+      return;
+    }
+  if constexpr (N == 1 || kColumnVectors<Op>) {
     const ColumnsLaunch& c = b.columns;
     const bool alone = !Op::sums || (c.ty == 1 && c.inner == 1);
     launch(columns<Op, S, N, kUnroll<Op>>, dim3(c.tiles, c.splits), c.threads,
-           alone ? 0 : sizeof(A) * 4 * c.ty * c.tx * N, c, a.parameters, operands, target);
+           alone ? 0 : sizeof(A) * Op::sums * c.ty * c.tx * N, c, a.parameters, operands, target);
   }
 }
 
@@ -127,12 +131,14 @@ void launch(const Args& a, const LaunchPlan& b, void* workspace, const Launcher&
     using Op = decltype(operation);
     using S = decltype(zero);
     using A = Arithmetic<S>;
-    SumTarget<A> target{
-        b.sums_wanted, b.sums, static_cast<A*>(workspace), {a.dp[0], a.dp[1], a.dp[2], a.dp[3]}, a.dp_dtype};
+    SumTarget<Op::sums, A> target{b.sums_wanted, b.sums, static_cast<A*>(workspace), {}, a.dp_dtype};
+    std::copy_n(a.dp, Op::sums, target.dp);
     const auto run = b.vector ? launch_pass<Op, S, kVector<S>, Launcher> : launch_pass<Op, S, 1, Launcher>;
     run(a, b, target, launcher);
-    if (b.workspace_bytes == 0) return;
-    launcher(finish<A>, dim3(b.finish.grid), kMaxThreads, 4 * kMaxThreads * sizeof(A), b.finish, target);
+    if constexpr (Op::sums > 0)
+      if (b.workspace_bytes)
+        launcher(finish<Op::sums, A>, dim3(b.finish.grid, Op::sums), kMaxThreads, kMaxThreads * sizeof(A), b.finish,
+                 target);
   });
 }
 

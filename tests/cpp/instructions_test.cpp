@@ -24,7 +24,7 @@ struct Data {
   // Zeros are valid in every dtype, and no instruction depends on the values.
   alignas(64) char in[leaf_cuda::kMaxInputs][kElements * 8] = {}, out[leaf_cuda::kMaxOutputs][kElements * 8] = {};
   alignas(64) double parameters[leaf_cuda::kMaxParameters][kColumns] = {};
-  alignas(64) double sums[4 * kSumStride] = {};
+  alignas(64) double sums[leaf_cuda::kMaxSums * kSumStride<leaf_cuda::Forward>] = {};
   Operands operands;
   const void* p[leaf_cuda::kMaxParameters];
 
@@ -69,16 +69,16 @@ long instructions(void (*run)(const InnerLoops&), const InnerLoops& loops) {
 struct Loop {
   const char* name;
   void (*run)(const InnerLoops&);
-  InnerLoops InnerLoopsByOperation::* operation;
+  leaf_cuda::Operation operation;
 };
-constexpr Loop kLoops[] = {{"forward, one set", segment, &InnerLoopsByOperation::forward},
-                           {"backward, one set", segment, &InnerLoopsByOperation::backward},
-                           {"forward, per column", columns, &InnerLoopsByOperation::forward},
-                           {"backward, per column", columns, &InnerLoopsByOperation::backward},
-                           {"double backward, one set", segment, &InnerLoopsByOperation::double_backward},
-                           {"double backward, per column", columns, &InnerLoopsByOperation::double_backward},
-                           {"glu forward, per column", columns, &InnerLoopsByOperation::glu_forward},
-                           {"glu backward, per column", columns, &InnerLoopsByOperation::glu_backward}};
+constexpr Loop kLoops[] = {{"forward, one set", segment, leaf_cuda::Operation::forward},
+                           {"backward, one set", segment, leaf_cuda::Operation::backward},
+                           {"forward, per column", columns, leaf_cuda::Operation::forward},
+                           {"backward, per column", columns, leaf_cuda::Operation::backward},
+                           {"double backward, one set", segment, leaf_cuda::Operation::double_backward},
+                           {"double backward, per column", columns, leaf_cuda::Operation::double_backward},
+                           {"glu forward, per column", columns, leaf_cuda::Operation::glu_forward},
+                           {"glu backward, per column", columns, leaf_cuda::Operation::glu_backward}};
 constexpr int kLoopCount = sizeof(kLoops) / sizeof(Loop);
 
 struct Target {
@@ -121,7 +121,7 @@ int main() {
                                            target.loops->float16};
     for (int t = 0; t < 4; ++t)
       for (int l = 0; l < kLoopCount; ++l) {
-        const long count = instructions(kLoops[l].run, loops[t].*kLoops[l].operation);
+        const long count = instructions(kLoops[l].run, loops[t][kLoops[l].operation]);
         if (count == 0) {
           puts("not counted: this system does not let a process trace its child");
           return 77;  // CTest's code for a skipped test

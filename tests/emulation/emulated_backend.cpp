@@ -2,6 +2,7 @@
 // launch in place of the stream's. Registers leaf_cuda_emulated's operators, on CPU tensors.
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "../../csrc/cuda/leaf_launch.cuh"
@@ -32,8 +33,9 @@ void poison(void* p, int64_t bytes) {
 }
 
 void run(const Args& a, const Tensor& u) {
+  const auto is_input = [&](void* out) { return std::find(a.in, std::end(a.in), out) != std::end(a.in); };
   for (void* out : a.out)
-    if (out != a.in[0]) poison(out, a.plan.numel() * c10::elementSize(a.dtype));
+    if (!is_input(out)) poison(out, a.plan.numel() * c10::elementSize(a.dtype));
   for (void* dp : a.dp) poison(dp, a.plan.count * c10::elementSize(a.dp_dtype));
   const cuda::LaunchPlan plan = cuda::plan_launch(a, multiprocessors);
   const Tensor workspace = at::empty({plan.workspace_bytes}, u.options().dtype(at::kByte));

@@ -1,0 +1,70 @@
+// Matrix products of a recurrent layer's steps.
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
+
+#include <optional>
+
+namespace leaf_cuda {
+
+// x·wᵀ for one w, (columns, inner), and many x, (rows, inner). On the CPU in float32 it is oneDNN's product, where
+// torch has it, as in torch's own LSTM: at::mm's takes twice the time for a step's few rows on some processors.
+class Product {
+ public:
+  // uses: how many products with x of `rows` rows are to come; from a few on, w is laid out for them.
+  Product(const at::Tensor& w, int64_t rows, int64_t uses) : w_(w), by_onednn_(onednn_takes(w) && rows > 0) {
+    if (!by_onednn_) return;
+    w_ = dense(w);
+    if (uses < kUsesWorthLayout) return;
+    static const auto reorder = find("mkldnn::_reorder_linear_weight");
+    if (reorder) w_ = call(*reorder, {w_, rows});
+  }
+
+  // out = x·wᵀ, and plus `self` where that is defined. out may be self.
+  void operator()(at::Tensor out, const at::Tensor& self, const at::Tensor& x) const {
+    if (by_onednn_)
+      self.defined() ? at::add_out(out, self, times(x)) : out.copy_(times(x));
+    else
+      self.defined() ? at::addmm_out(out, self, x, w_.t()) : at::mm_out(out, x, w_.t());
+  }
+
+  // x·wᵀ, and plus the bias of a column
+  at::Tensor times(const at::Tensor& x, const at::Tensor& bias = {}) const {
+    if (!by_onednn_ || x.numel() == 0) return bias.defined() ? at::addmm(bias, x, w_.t()) : at::mm(x, w_.t());
+    const auto b = bias.defined() ? std::optional(bias) : std::nullopt;
+    return call(*linear(), {dense(x), w_, b, "none", c10::List<std::optional<at::Scalar>>(), ""});
+  }
+
+ private:
+  static constexpr int64_t kUsesWorthLayout = 4;
+
+  at::Tensor w_;
+  bool by_onednn_;
+
+  static std::optional<c10::OperatorHandle> find(const char* name) {
+    return c10::Dispatcher::singleton().findSchema({name, ""});
+  }
+  static const std::optional<c10::OperatorHandle>& linear() {
+    static const auto op = find("mkldnn::_linear_pointwise");
+    return op;
+  }
+  static bool onednn_takes(const at::Tensor& w) {
+    return w.is_cpu() && w.scalar_type() == at::kFloat && w.numel() > 0 && linear() &&
+           at::globalContext().userEnabledMkldnn();
+  }
+  // oneDNN takes ages for a matrix with gaps.
+  static at::Tensor dense(const at::Tensor& m) {
+    if (m.is_non_overlapping_and_dense()) return m;
+    return m.stride(0) == 1 ? m.t().contiguous().t() : m.contiguous();
+  }
+  static at::Tensor call(const c10::OperatorHandle& op, torch::jit::Stack stack) {
+    op.callBoxed(stack);
+    return stack[0].toTensor();
+  }
+};
+
+}  // namespace leaf_cuda

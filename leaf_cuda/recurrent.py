@@ -1,0 +1,282 @@
+"""LSTM and GRU with LEAF in the place of their sigmoids and tanhs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _ops, reference
+from .functional import _warn_fallback
+from .modules import FORMS, LearnableActivation, arithmetic_dtype
+
+
+class CellLEAF(LearnableActivation):
+    """The LEAFs of a recurrent cell: row k of p1, p2, p3 and p4 is the k-th one's, of shape (LEAFs, 1) or, with
+    ``per_unit``, (LEAFs, hidden_size).
+
+    ``forms`` has their names and initial forms, in the order of the rows: "input_gate", "forget_gate", "candidate",
+    "output_gate" and "cell_output" of an LSTM; "reset_gate", "update_gate" and "candidate" of a GRU. The recurrent
+    layers compute with the parameters; the module itself is not called.
+    """
+
+    def __init__(self, forms: dict[str, str], hidden_size: int, per_unit: bool, **kwargs):
+        self.forms = forms
+        super().__init__(size=(len(forms), hidden_size if per_unit else 1), init_as=tuple(forms.values()), **kwargs)
+
+    def _initial_values(self) -> dict[str, tuple[float, ...]]:
+        return dict(zip(("p1", "p2", "p3", "p4"), zip(*(FORMS[form] for form in self.forms.values()))))
+
+    def parts(self) -> dict[str, tuple]:
+        return {
+            f".{name}": (form, {p: getattr(self, p)[row] for p in ("p1", "p2", "p3", "p4")})
+            for row, (name, form) in enumerate(self.forms.items())
+        }
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, " + ", ".join(f"{name}={form}" for name, form in self.forms.items())
+
+
+LSTM_FORMS = {
+    "input_gate": "Sigmoid",
+    "forget_gate": "Sigmoid",
+    "candidate": "Tanh",
+    "output_gate": "Sigmoid",
+    "cell_output": "Tanh",
+}
+GRU_FORMS = {"reset_gate": "Sigmoid", "update_gate": "Sigmoid", "candidate": "Tanh"}
+
+
+class _Recurrent(nn.Module):
+    """What the cells and the layers share; before torch's own class in the order of bases."""
+
+    _forms: dict[str, str]
+    _state_names: tuple[str, ...]
+
+    def _add_leaf(self, name: str, weight: Tensor, per_unit: bool) -> None:
+        leaf = CellLEAF(
+            self._forms, self.hidden_size, per_unit, device=weight.device, dtype=arithmetic_dtype(weight.dtype)
+        )
+        self.add_module(name, leaf)
+
+    def reset_parameters(self) -> None:
+        """The weights anew, LEAF's parameters to their initial form."""
+        super().reset_parameters()
+        for leaf in self.children():
+            leaf.reset_parameters()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name, leaf in self.named_children():
+            weight = state_dict.get(f"{prefix}weight_hh{name.removeprefix('leaf')}")
+            leaf.add_initial_values(state_dict, f"{prefix}{name}.", weight)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _run(self, suffix: str, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None, reverse: bool):
+        """One layer, in one direction: x (steps, batch, features), or (rows, features) with batch_sizes, → output and the
+        states after the last step."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        h, c = states if len(states) == 2 else (*states, None)
+        tensors = [x, h, c, *(getattr(self, name + suffix, None) for name in names)]
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+        leaf = getattr(self, "leaf" + suffix)
+        arguments = (*tensors, leaf.p1, leaf.p2, leaf.p3, leaf.p4, batch_sizes, reverse)
+        fallback = not _ops.has_kernel(x.device.type)
+        if fallback or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()):
+            if fallback:
+                _warn_fallback(x.device.type)
+            return reference.recurrent(*arguments)
+        return _ops.leaf_recurrent_forward(*arguments)[: 1 + len(states)]
+
+    def _fail(self, error: type[Exception], message: str):
+        raise error(f"{type(self).__name__}: {message}")
+
+    def _check_input(self, x: Tensor, weight: Tensor) -> None:
+        if x.size(-1) != self.input_size:
+            self._fail(
+                ValueError, f"input has shape {tuple(x.shape)}; its last dimension takes input_size, {self.input_size}"
+            )
+        self._check_like("input", x, weight)
+
+    def _check_like(self, name: str, t: Tensor, weight: Tensor) -> None:
+        if t.dtype != weight.dtype and not torch.is_autocast_enabled(t.device.type):
+            self._fail(TypeError, f"{name} has dtype {t.dtype}; it takes the weights' {weight.dtype}")
+        if t.device != weight.device:
+            self._fail(ValueError, f"{name} is on {t.device}; it takes the weights' {weight.device}")
+
+    def _check_states(self, hx, shape: tuple, weight: Tensor) -> list[Tensor]:
+        """hx as a list: (h, c) of an LSTM, h of a GRU; zeros for None."""
+        if hx is None:
+            return [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in self._state_names]
+        names = self._state_names
+        states = [hx] if len(names) == 1 else hx
+        if len(names) == 2 and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
+            self._fail(TypeError, f"hx is of type {type(hx).__name__}; it takes a pair of tensors, (h, c)")
+        for name, state in zip(names, states):
+            if not isinstance(state, Tensor):
+                self._fail(TypeError, f"{name} is of type {type(state).__name__}; it takes a tensor")
+            if tuple(state.shape) != tuple(shape):
+                self._fail(ValueError, f"{name} has shape {tuple(state.shape)}; it takes {tuple(shape)}")
+            self._check_like(name, state, weight)
+        return list(states)
+
+    def _as_hx(self, states: list[Tensor]):
+        return tuple(states) if len(states) == 2 else states[0]
+
+
+class _Cell(_Recurrent):
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, *, per_unit: bool = False, device=None, dtype=None
+    ):
+        super().__init__(input_size, hidden_size, bias, device=device, dtype=dtype)
+        self._add_leaf("leaf", self.weight_hh, per_unit)
+
+    def forward(self, input: Tensor, hx=None):
+        if not isinstance(input, Tensor):
+            self._fail(TypeError, f"input is of type {type(input).__name__}; it takes a tensor")
+        if input.dim() not in (1, 2):
+            self._fail(ValueError, f"input has shape {tuple(input.shape)}; it takes (batch, features) or (features)")
+        self._check_input(input, self.weight_ih)
+        states = self._check_states(hx, (*input.shape[:-1], self.hidden_size), self.weight_ih)
+        batched = input.dim() == 2
+        if not batched:
+            input, states = input[None], [s[None] for s in states]
+        _, *states = self._run("", input[None], states, None, False)
+        return self._as_hx(states if batched else [s[0] for s in states])
+
+
+class _Layers(_Recurrent):
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        per_unit: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        like = {"device": device, "dtype": dtype}
+        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, **like)
+        for layer in range(num_layers):
+            for direction in range(self._directions):
+                suffix = self._suffix(layer, direction)
+                self._add_leaf(f"leaf{suffix}", getattr(self, f"weight_hh{suffix}"), per_unit)
+
+    @property
+    def _directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @staticmethod
+    def _suffix(layer: int, direction: int) -> str:
+        return f"_l{layer}" + "_reverse" * direction
+
+    def flatten_parameters(self) -> None:
+        """Nothing: there is no cuDNN to lay the weights out for."""
+
+    def forward(self, input: Tensor | PackedSequence, hx=None):
+        packed = isinstance(input, PackedSequence)
+        x, batch_sizes, sorted_indices, unsorted_indices = input if packed else (input, None, None, None)
+        if not isinstance(x, Tensor):
+            self._fail(TypeError, f"input is of type {type(x).__name__}; it takes a tensor or a PackedSequence")
+        if x.dim() not in ((2,) if packed else (2, 3)):
+            shapes = "(batch, steps, features)" if self.batch_first else "(steps, batch, features)"
+            self._fail(ValueError, f"input has shape {tuple(x.shape)}; it takes {shapes} or (steps, features)")
+        self._check_input(x, self.weight_ih_l0)
+        batched, transposed = packed or x.dim() == 3, not packed and x.dim() == 3 and self.batch_first
+        if not batched:
+            x = x[:, None]
+        elif transposed:
+            x = x.transpose(0, 1)
+        batch = (int(batch_sizes[0]) if packed else x.size(1),) if batched else ()
+        shape = (self.num_layers * self._directions, *batch, self.hidden_size)
+        states = self._check_states(hx, shape, self.weight_ih_l0)
+        if not batched:
+            states = [s[:, None] for s in states]
+        if sorted_indices is not None:
+            states = [s.index_select(1, sorted_indices) for s in states]
+
+        last = [[] for _ in states]
+        for layer in range(self.num_layers):
+            outputs = []
+            for direction in range(self._directions):
+                initial = [s[layer * self._directions + direction] for s in states]
+                output, *after = self._run(self._suffix(layer, direction), x, initial, batch_sizes, direction == 1)
+                outputs.append(output)
+                for of_layers, state in zip(last, after):
+                    of_layers.append(state)
+            x = torch.cat(outputs, -1) if self.bidirectional else output
+            if layer + 1 < self.num_layers:
+                x = F.dropout(x, self.dropout, self.training)
+        states = [torch.stack(s) for s in last]
+        if unsorted_indices is not None:
+            states = [s.index_select(1, unsorted_indices) for s in states]
+        if not batched:
+            x, states = x[:, 0], [s[:, 0] for s in states]
+        elif transposed:
+            x = x.transpose(0, 1)
+        output = PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices) if packed else x
+        return output, self._as_hx(states)
+
+
+class LeafLSTMCell(_Cell, nn.LSTMCell):
+    """``torch.nn.LSTMCell`` with LEAF in the place of its sigmoids and tanhs, whose values it has at the start.
+
+    With the pre-activations i, f, g, o = W_ih x + b_ih + W_hh h + b_hh, c' = leaf(f)·c + leaf(i)·leaf(g) and
+    h' = leaf(o)·leaf(c'), each LEAF with parameters of its own (Bodyanskiy & Kostiuk 2023, doi 10.47839/ijc.22.3.3225,
+    name it as one that replaces sigmoid and tanh in recurrent networks). Forward and backward of all that is pointwise
+    are one fused pass each.
+
+    Inputs, outputs and weights are torch's: input (batch, input_size) or (input_size), hx None or (h, c) of
+    (batch, hidden_size) or (hidden_size), → (h', c'). float64, float32, bfloat16 or float16. A state dict of
+    ``nn.LSTMCell`` loads with strict=True; the parameters of LEAF (``leaf``: :class:`CellLEAF`) then have their initial
+    form.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as torch's. LEAF's parameters are in float32, for float64 in float64.
+        per_unit: whether each hidden unit has a set of LEAF's parameters, else all of a gate have one.
+
+    Raises (on a call):
+        TypeError: an argument is of another type, or its dtype is not the weights' (outside of autocast).
+        ValueError: an argument is of another shape, or on another device.
+    """
+
+    _forms, _state_names = LSTM_FORMS, ("hx[0]", "hx[1]")
+
+
+class LeafGRUCell(_Cell, nn.GRUCell):
+    """``torch.nn.GRUCell`` with LEAF in the place of its sigmoids and tanh, whose values it has at the start.
+
+    With r, z, n = W_ih x + b_ih and r', z', n' = W_hh h + b_hh, the candidate is q = leaf(n + leaf(r + r')·n') and
+    h' = q + leaf(z + z')·(h − q). All else as :class:`LeafLSTMCell`, with hx and the result h alone.
+    """
+
+    _forms, _state_names = GRU_FORMS, ("hx",)
+
+
+class LeafLSTM(_Layers, nn.LSTM):
+    """``torch.nn.LSTM`` with LEAF in the place of its sigmoids and tanhs, whose values it has at the start: see
+    :class:`LeafLSTMCell`.
+
+    Inputs, outputs and weights are torch's: input (steps, batch, input_size), with ``batch_first`` (batch, steps,
+    input_size), unbatched (steps, input_size), or a ``PackedSequence``; hx None or (h, c) of (num_layers·directions,
+    batch, hidden_size); → output, (h_n, c_n). A state dict of ``nn.LSTM`` loads with strict=True. LEAF's parameters are
+    those of ``leaf_l0``, ``leaf_l0_reverse``, ... (:class:`CellLEAF`). There is no ``proj_size``.
+
+    Args, errors: as :class:`LeafLSTMCell`'s; num_layers, batch_first, dropout, bidirectional as torch's.
+    """
+
+    _forms, _state_names = LSTM_FORMS, ("hx[0]", "hx[1]")
+
+
+class LeafGRU(_Layers, nn.GRU):
+    """``torch.nn.GRU`` with LEAF in the place of its sigmoids and tanhs, whose values it has at the start: see
+    :class:`LeafGRUCell`, and :class:`LeafLSTM`, with hx and the last state h alone."""
+
+    _forms, _state_names = GRU_FORMS, ("hx",)
