@@ -69,9 +69,10 @@ void check_layer(const Layer& l) {
                     l.batch_sizes ? "rows" : "steps, batch", ", features)");
   if (l.batch_sizes) {
     const Tensor& sizes = *l.batch_sizes;
-    TORCH_CHECK_TYPE(sizes.scalar_type() == at::kLong && sizes.device().is_cpu() && sizes.dim() == 1, function,
-                     ": batch_sizes is of dtype ", sizes.scalar_type(), " and shape ", sizes.sym_sizes(), " on ",
-                     sizes.device(), "; it takes Long and (steps) on cpu");
+    TORCH_CHECK_TYPE(
+        sizes.scalar_type() == at::kLong && sizes.dim() == 1 && (sizes.is_cpu() || (sizes.is_meta() && x.is_meta())),
+        function, ": batch_sizes is of dtype ", sizes.scalar_type(), " and shape ", sizes.sym_sizes(), " on ",
+        sizes.device(), "; it takes Long and (steps) on cpu");
   } else {
     TORCH_CHECK_VALUE(x.sym_size(0).sym_gt(0).guard_bool(__FILE__, __LINE__), function, ": x has shape ", x.sym_sizes(),
                       "; it takes one step or more");

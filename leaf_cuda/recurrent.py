@@ -147,7 +147,10 @@ class _Cell(_Recurrent):
         return self._as_hx(states if batched else [s[0] for s in states])
 
 
-class _Layers(_Recurrent):
+# Not torch's LSTM and GRU themselves: torch.compile refuses these by their type.
+class _Layers(_Recurrent, nn.RNNBase):
+    mode: str
+
     def __init__(
         self,
         input_size: int,
@@ -163,7 +166,9 @@ class _Layers(_Recurrent):
         dtype=None,
     ):
         like = {"device": device, "dtype": dtype}
-        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, **like)
+        super().__init__(
+            self.mode, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, **like
+        )
         for layer in range(num_layers):
             for direction in range(self._directions):
                 suffix = self._suffix(layer, direction)
@@ -260,7 +265,7 @@ class LeafGRUCell(_Cell, nn.GRUCell):
     _forms, _state_names = GRU_FORMS, ("hx",)
 
 
-class LeafLSTM(_Layers, nn.LSTM):
+class LeafLSTM(_Layers):
     """``torch.nn.LSTM`` with LEAF in the place of its sigmoids and tanhs, whose values it has at the start: see
     :class:`LeafLSTMCell`.
 
@@ -272,11 +277,11 @@ class LeafLSTM(_Layers, nn.LSTM):
     Args, errors: as :class:`LeafLSTMCell`'s; num_layers, batch_first, dropout, bidirectional as torch's.
     """
 
-    _forms, _state_names = LSTM_FORMS, ("hx[0]", "hx[1]")
+    mode, _forms, _state_names = "LSTM", LSTM_FORMS, ("hx[0]", "hx[1]")
 
 
-class LeafGRU(_Layers, nn.GRU):
+class LeafGRU(_Layers):
     """``torch.nn.GRU`` with LEAF in the place of its sigmoids and tanhs, whose values it has at the start: see
     :class:`LeafGRUCell`, and :class:`LeafLSTM`, with hx and the last state h alone."""
 
-    _forms, _state_names = GRU_FORMS, ("hx",)
+    mode, _forms, _state_names = "GRU", GRU_FORMS, ("hx",)

@@ -11,6 +11,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 KERNELS, PLANNER = "csrc/cuda/leaf_kernels.cuh", "csrc/cuda/launch_plan.h"
+OPERATIONS = "csrc/leaf_operations.h"
 
 MUTATIONS = {
     "none": (KERNELS, "", ""),
@@ -32,12 +33,15 @@ MUTATIONS = {
     ),
     "a tile too few": (PLANNER, "c.tiles = ceil_div(width, c.tx)", "c.tiles = width / c.tx"),
     "steps too long": (PLANNER, "r.splits * r.threads / r.vectors;", "r.splits * r.threads / r.vectors + 1;"),
-    "workspace too small": (PLANNER, "whole ? 0 : parts * 4 * fold * count", "whole ? 0 : parts * 3 * fold * count"),
+    "workspace too small": (PLANNER, "whole ? 0 : parts * sums * fold * count", "whole ? 0 : parts * 3 * fold * count"),
     "unaligned rows taken as aligned": (PLANNER, "plan.inner % vector == 0 ?", "plan.inner > 0 ?"),
     "the first line for all": (KERNELS, "row * lines + first_line,", "row * lines,"),
     "one pitch for all inputs": (KERNELS, "place.at(in_pitch[Op::pitched ? k : 0])", "place.at(in_pitch[0])"),
     "no look at the pitches": (PLANNER, "c.line = run ? run : c.columns.width;", "c.line = c.columns.width;"),
     "vectors across lines": ("csrc/cuda/leaf_launch.cuh", "b.vector = b.vector && whole(a.run);", ""),
+    "partial sums of four for any number": (KERNELS, "(j / fold * sums + q)", "(j / fold * 4 + q)"),
+    "the forget gate by the new state": (OPERATIONS, "gradient<M>(in[1], dc * in[4],", "gradient<M>(in[1], dc * c,"),
+    "the reset gate by the state": (OPERATIONS, "out[2] * in[3]", "out[2] * in[4]"),
     "no look at the pointers' alignment": ("csrc/cuda/leaf_launch.cuh", ") % 16 == 0;", ") % 1 == 0;"),
 }
 

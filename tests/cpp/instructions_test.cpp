@@ -14,6 +14,7 @@
 #include "../../csrc/cpu/cpu_capability.h"
 #include "../../csrc/cpu/leaf_loops.h"
 
+using namespace leaf_cuda;
 using namespace leaf_cuda::cpu;
 
 namespace {
@@ -22,17 +23,17 @@ constexpr int64_t kRows = 8, kColumns = 128, kElements = kRows * kColumns;
 
 struct Data {
   // Zeros are valid in every dtype, and no instruction depends on the values.
-  alignas(64) char in[leaf_cuda::kMaxInputs][kElements * 8] = {}, out[leaf_cuda::kMaxOutputs][kElements * 8] = {};
-  alignas(64) double parameters[leaf_cuda::kMaxParameters][kColumns] = {};
-  alignas(64) double sums[leaf_cuda::kMaxSums * kSumStride<leaf_cuda::Forward>] = {};
+  alignas(64) char in[kMaxInputs][kElements * 8] = {}, out[kMaxOutputs][kElements * 8] = {};
+  alignas(64) double parameters[kMaxParameters][kColumns] = {};
+  alignas(64) double sums[kMaxSums * kSumStride<Forward>] = {};
   Operands operands;
-  const void* p[leaf_cuda::kMaxParameters];
+  const void* p[kMaxParameters];
 
   Data() {
-    for (int k = 0; k < leaf_cuda::kMaxInputs; ++k)
+    for (int k = 0; k < kMaxInputs; ++k)
       operands.in[k] = in[k], operands.in_stride[k] = 1, operands.in_row[k] = kColumns;
-    for (int k = 0; k < leaf_cuda::kMaxOutputs; ++k) operands.out[k] = out[k], operands.out_row[k] = kColumns;
-    for (int q = 0; q < leaf_cuda::kMaxParameters; ++q) p[q] = parameters[q];
+    for (int k = 0; k < kMaxOutputs; ++k) operands.out[k] = out[k], operands.out_row[k] = kColumns;
+    for (int q = 0; q < kMaxParameters; ++q) p[q] = parameters[q];
   }
 };
 Data data;
@@ -69,16 +70,20 @@ long instructions(void (*run)(const InnerLoops&), const InnerLoops& loops) {
 struct Loop {
   const char* name;
   void (*run)(const InnerLoops&);
-  leaf_cuda::Operation operation;
+  Operation operation;
 };
-constexpr Loop kLoops[] = {{"forward, one set", segment, leaf_cuda::Operation::forward},
-                           {"backward, one set", segment, leaf_cuda::Operation::backward},
-                           {"forward, per column", columns, leaf_cuda::Operation::forward},
-                           {"backward, per column", columns, leaf_cuda::Operation::backward},
-                           {"double backward, one set", segment, leaf_cuda::Operation::double_backward},
-                           {"double backward, per column", columns, leaf_cuda::Operation::double_backward},
-                           {"glu forward, per column", columns, leaf_cuda::Operation::glu_forward},
-                           {"glu backward, per column", columns, leaf_cuda::Operation::glu_backward}};
+constexpr Loop kLoops[] = {{"forward, one set", segment, Operation::forward},
+                           {"backward, one set", segment, Operation::backward},
+                           {"forward, per column", columns, Operation::forward},
+                           {"backward, per column", columns, Operation::backward},
+                           {"double backward, one set", segment, Operation::double_backward},
+                           {"double backward, per column", columns, Operation::double_backward},
+                           {"glu forward, per column", columns, Operation::glu_forward},
+                           {"glu backward, per column", columns, Operation::glu_backward},
+                           {"lstm forward, per column", columns, Operation::lstm_forward},
+                           {"lstm backward, per column", columns, Operation::lstm_backward},
+                           {"gru forward, per column", columns, Operation::gru_forward},
+                           {"gru backward, per column", columns, Operation::gru_backward}};
 constexpr int kLoopCount = sizeof(kLoops) / sizeof(Loop);
 
 struct Target {
@@ -97,17 +102,17 @@ int main() {
       {"AVX2",
        &kLoopsAvx2,
        CpuCapability::avx2,
-       {{11.88, 16.42, 12.83, 18.36, 21.38, 26.35, 15.02, 23.06},
-        {4.99, 7.59, 5.54, 8.40, 10.05, 12.37, 6.65, 10.92},
-        {6.16, 9.20, 6.81, 10.07, 13.47, 15.47, 8.36, 13.96},
-        {4.99, 7.71, 5.59, 8.56, 10.68, 12.78, 6.85, 11.40}}},
+       {{11.88, 16.42, 12.83, 18.36, 21.38, 26.35, 15.02, 23.06, 68.25, 115.09, 42.98, 73.27},
+        {4.99, 7.59, 5.54, 8.40, 10.05, 12.37, 6.65, 10.92, 30.09, 52.89, 17.88, 34.19},
+        {6.16, 9.20, 6.81, 10.07, 13.47, 15.47, 8.36, 13.96, 32.22, 60.45, 20.59, 41.93},
+        {4.99, 7.71, 5.59, 8.56, 10.68, 12.78, 6.85, 11.40, 30.39, 53.15, 18.86, 35.45}}},
       {"AVX512",
        &kLoopsAvx512,
        CpuCapability::avx512,
-       {{5.38, 7.37, 6.02, 8.80, 10.22, 12.34, 7.22, 11.19},
-        {2.26, 3.70, 2.55, 4.15, 5.01, 5.94, 3.18, 5.56},
-        {2.89, 4.41, 3.15, 4.82, 6.38, 7.27, 3.87, 6.88},
-        {2.38, 3.81, 2.61, 4.19, 5.28, 6.16, 3.24, 5.75}}},
+       {{5.38, 7.37, 6.02, 8.80, 10.22, 12.34, 7.22, 11.19, 32.09, 54.98, 20.07, 35.27},
+        {2.26, 3.70, 2.55, 4.15, 5.01, 5.94, 3.18, 5.56, 13.62, 25.47, 8.43, 16.60},
+        {2.89, 4.41, 3.15, 4.82, 6.38, 7.27, 3.87, 6.88, 14.94, 28.73, 9.90, 20.02},
+        {2.38, 3.81, 2.61, 4.19, 5.28, 6.16, 3.24, 5.75, 13.69, 25.85, 8.94, 17.13}}},
 #endif
   };
   const char* dtypes[] = {"float64", "float32", "bfloat16", "float16"};

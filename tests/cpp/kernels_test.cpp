@@ -118,7 +118,8 @@ struct Expected {
 template <class S, class P>
 void run_operation(const Case& c, const char* type, Args args, std::vector<Buffer<S>>& out, std::vector<Buffer<P>>& dp,
                    const std::vector<Expected>& expected_out, const std::vector<Expected>& expected_dp, double ulps) {
-  const char* names[] = {"forward", "backward", "double backward", "glu forward", "glu backward"};
+  const char* names[] = {"forward",      "backward",      "double backward", "glu forward", "glu backward",
+                         "lstm forward", "lstm backward", "gru forward",     "gru backward"};
   const std::string what = std::string(names[static_cast<int>(args.operation)]) + " ";
   const auto named = [&](const char* detail) { return name(c, type, (what + detail).c_str()); };
   const auto at = [&](size_t k, int64_t i) { return args.run ? i / args.run * args.out_pitch[k] + i % args.run : i; };
@@ -317,6 +318,127 @@ void run_glu_types(const Case& c) {
   run_glu<c10::Half, c10::Half>(c, "half");
 }
 
+// y = leaf(u) in double, and its derivatives by u and by p1, p2, p3 (by p4 it is 1).
+struct Activation {
+  double y, u, by[4];
+
+  Activation(double x, const double* p) {
+    const double s = 1 / (1 + std::exp(-p[2] * x)), slope = s / (1 + std::exp(p[2] * x)), l = p[0] * x + p[1];
+    y = l * s + p[3];
+    u = p[0] * s + l * slope * p[2];
+    by[0] = x * s, by[1] = s, by[2] = l * slope * x, by[3] = 1;
+  }
+};
+
+// A step of an LSTM or a GRU, its operands in lines with a gap of its own between. Values are of some size 1, and so is
+// the scale that errors are held against.
+template <class S, class P>
+void run_cell(bool lstm, const Case& c, const char* type) {
+  std::mt19937_64 random(c.plan.numel() * 13 + c.gap + lstm);
+  const int64_t n = c.plan.numel(), count = c.plan.count;
+  const int sets = lstm ? 5 : 3, inputs = lstm ? 7 : 6;
+  Args args{};
+  args.plan = c.plan;
+  args.dtype = kType<S>;
+  args.parameters.dtype = kType<P>;
+  args.run = count;
+  const auto pitch = [&](int k) { return count + c.gap + 16 * k; };
+  const auto at = [&](int k, int64_t i) { return i / count * pitch(k) + i % count; };
+  const auto fill = [&](auto& buffer) {
+    buffer.fill(random);
+    for (int64_t i = 0; i < buffer.n; ++i) buffer.data[i] = buffer.data[i] / 4;
+  };
+  std::vector<Buffer<S>> in, out;
+  std::vector<Buffer<P>> p, dp;
+  for (int k = 0; k < inputs; ++k) {
+    in.emplace_back(at(k, n - 1) + 1, c.offset);
+    fill(in[k]);
+    args.in[k] = in[k].data;
+    args.in_stride[k] = 1;
+    args.in_pitch[k] = pitch(k);
+  }
+  for (int q = 0; q < 4 * sets; ++q) {
+    p.emplace_back(q == c.shared_parameter ? 1 : count);
+    fill(p[q]);
+    args.parameters.p[q] = p[q].data;
+    args.parameters.stride[q] = q == c.shared_parameter ? 0 : 1;
+  }
+  std::vector<Expected> forward(lstm ? 2 : 1, Expected(n)), backward(5, Expected(n)), sums(4 * sets, Expected(count));
+  for (int64_t i = 0; i < n; ++i) {
+    double x[7], own[5][4];
+    for (int k = 0; k < inputs; ++k) x[k] = static_cast<double>(in[k].data[at(k, i)]);
+    for (int q = 0; q < 4 * sets; ++q)
+      own[q / 4][q % 4] = static_cast<double>(p[q].data[i % count * args.parameters.stride[q]]);
+    const auto set = [&](std::vector<Expected>& results, int k, double value) {
+      results[k].add(i, value, 1 + std::abs(value));
+    };
+    const auto add = [&](int of_set, const Activation& a, double grad) {
+      for (int q = 0; q < 4; ++q) sums[4 * of_set + q].add(i % count, grad * a.by[q], 1 + std::abs(grad * a.by[q]));
+      return grad * a.u;
+    };
+    const Activation a(x[0], own[0]), b(x[1], own[1]);
+    if (lstm) {
+      const Activation g(x[2], own[2]), o(x[3], own[3]);
+      const double cell = b.y * x[4] + a.y * g.y;
+      const Activation t(cell, own[4]);
+      set(forward, 0, o.y * t.y);
+      set(forward, 1, cell);
+      const double dcell = x[6] + add(4, t, x[5] * o.y);
+      set(backward, 0, add(0, a, dcell * g.y));
+      set(backward, 1, add(1, b, dcell * x[4]));
+      set(backward, 2, add(2, g, dcell * a.y));
+      set(backward, 3, add(3, o, x[5] * t.y));
+      set(backward, 4, dcell * b.y);
+    } else {
+      const Activation m(x[2] + a.y * x[3], own[2]);
+      set(forward, 0, (1 - b.y) * m.y + b.y * x[4]);
+      const double du = add(2, m, x[5] * (1 - b.y));
+      set(backward, 0, add(0, a, du * x[3]));
+      set(backward, 1, add(1, b, x[5] * (x[4] - m.y)));
+      set(backward, 2, du);
+      set(backward, 3, du * a.y);
+      set(backward, 4, x[5] * b.y);
+    }
+  }
+  const double ulps = sizeof(S) > 2 ? 32 : 2;
+  const auto outputs = [&](size_t how_many) {
+    for (size_t k = out.size(); k < how_many; ++k) {
+      args.out_pitch[k] = pitch(k + 1);
+      out.emplace_back(at(k + 1, n - 1) + 1, c.offset);
+    }
+  };
+  outputs(forward.size());
+  args.operation = lstm ? Operation::lstm_forward : Operation::gru_forward;
+  run_operation<S, P>(c, type, args, out, dp, forward, {}, ulps);
+  outputs(5);
+  for (int q = 0; q < 4 * sets; ++q) dp.emplace_back(count);
+  args.operation = lstm ? Operation::lstm_backward : Operation::gru_backward;
+  run_operation<S, P>(c, type, args, out, dp, backward, sums, ulps);
+}
+
+void cell_plans() {
+  const auto run = [](const Case& c) {
+    for (bool lstm : {true, false}) {
+      run_cell<double, double>(lstm, c, "double");
+      run_cell<float, float>(lstm, c, "float");
+      run_cell<c10::BFloat16, float>(lstm, c, "bfloat16");
+      run_cell<c10::Half, c10::Half>(lstm, c, "half");
+    }
+  };
+  for (const Plan& plan : {Plan{1, 1, 1}, Plan{3, 7, 1}, Plan{2, 33, 1}, Plan{20, 32, 1}, Plan{70, 5, 1},
+                           Plan{3, 300, 1}, Plan{200, 40, 1}})
+    for (int64_t gap : {0, 5}) {
+      Case c{plan};
+      c.gap = gap;
+      run(c);
+      c.multiprocessors = 132;
+      c.shared_parameter = 9;
+      c.offset = 1;
+      c.want_du = gap == 0;
+      run(c);
+    }
+}
+
 void glu_plans() {
   for (int64_t n = 1; n <= 17; ++n) {
     run_glu_types({{1, 1, n}});
@@ -423,6 +545,7 @@ int main(int argc, char** argv) {
   stop_at_first_failure = argc > 1 && std::strcmp(argv[1], "--stop-at-first-failure") == 0;
   small_plans();
   glu_plans();
+  cell_plans();
   large_plans();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
