@@ -46,6 +46,7 @@ FEATURES = {
     "FSDP2": r"test_two_processes.*fsdp",
     "DTensor": r"test_two_processes.*dtensor",
     "gated units: `leaf_glu`, `LeafGLU`, `LeafMLP`": r"test_glu",
+    "recurrent layers: `LeafLSTM`, `LeafGRU`, their cells": r"test_recurrent",
 }
 
 

@@ -16,8 +16,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Two blocks of 256 threads on a multiprocessor with 65,536 registers.
+# Two blocks of 256 threads on a multiprocessor with 65,536 registers; one where a thread has an LSTM's twenty sums and
+# twenty parameters in float64.
 MAX_REGISTERS = 128
+MAX_REGISTERS_OF = {"LstmBackward, double": 255}
 
 
 @dataclass
@@ -34,8 +36,9 @@ class Kernel:
 
     def broken_rules(self) -> list[str]:
         broken = []
-        if self.registers > MAX_REGISTERS:
-            broken.append(f"more than {MAX_REGISTERS} registers")
+        most = next((n for name, n in MAX_REGISTERS_OF.items() if name in self.name), MAX_REGISTERS)
+        if self.registers > most:
+            broken.append(f"more than {most} registers")
         if self.stack or self.local or self.count(r"LDL|STL"):
             broken.append("local memory")
         if self.count(r"(RED|REDG|ATOM|ATOMG|ATOMS)\b.*(F16|F32|F64|BF16|CAST\.SPIN)"):

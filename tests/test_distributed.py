@@ -1,5 +1,6 @@
 """Two processes on this machine, by gloo: gradients are the single process's."""
 
+import copy
 import traceback
 from datetime import timedelta
 
@@ -53,6 +54,17 @@ def assert_trained(model, x, tolerance, full=lambda t: t):
 
 def ddp(rank, mesh):
     assert_trained(DistributedDataParallel(network()), share(batch(), rank), 1e-6)
+
+
+def ddp_of_a_recurrent_layer(rank, mesh):
+    torch.manual_seed(0)
+    single = leaf_cuda.nn.LeafLSTM(3, 4, num_layers=2, bidirectional=True, per_unit=True, dtype=torch.float64)
+    model = DistributedDataParallel(copy.deepcopy(single))
+    x = torch.randn(5, 2 * WORLD, 3, dtype=torch.float64)
+    loss(single(x)[0]).backward()
+    loss(model(x.chunk(WORLD, 1)[rank])[0]).backward()
+    for p, expected in zip(model.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.float(), expected.grad.float())
 
 
 def activations(model):
@@ -253,6 +265,7 @@ def double_stage_with_fsdp(rank, mesh):
 
 CHECKS = [
     ddp,
+    ddp_of_a_recurrent_layer,
     double_stage_with_ddp,
     double_stage_with_ddp_needs_its_option,
     double_stage_with_fsdp,

@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -573,6 +576,17 @@ def test_plot():
     assert [a.get_title() for a in figure.axes] == [
         f"leaf_l0.{gate}: 4 forms" for gate in ("reset_gate", "update_gate", "candidate")
     ]
+
+
+def test_example():
+    for needed in ("sklearn", "tabulate", "tqdm"):
+        pytest.importorskip(needed)
+    program = Path(__file__).parents[1] / "examples" / "sequence_classification.py"
+    options = ["--epochs", "4", "--seeds", "0", "--kind", "GRU", "--lr", "0.01"]
+    run = subprocess.run([sys.executable, program, *options], capture_output=True, text=True, check=True)
+    rows = [line.split("|")[1:-1] for line in run.stdout.splitlines()[2:]]
+    assert [row[0].strip() for row in rows] == ["GRU", "LeafGRU"]
+    assert all(float(row[1]) > 50 and float(row[3]) > 0 for row in rows)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
