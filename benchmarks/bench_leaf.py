@@ -432,6 +432,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--largest", type=int, default=26, metavar="K", choices=range(10, 31), help="the sweep ends at 2^K elements"
     )
+    left_out = [p for p in FUNCTIONS if p not in ("fused", "silu")]
+    parser.add_argument("--without", nargs="+", default=[], choices=left_out, help="providers to leave out")
     parser.add_argument("--rounds", type=int, default=11, help="samples of each provider, 2 or more")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the cases that fix none")
     parser.add_argument("--default-malloc", action="store_true", help="leave glibc's malloc as it is")
@@ -457,6 +459,8 @@ def main() -> None:
     if not chosen:
         sys.exit("\n".join([f"no case holds {args.only!r}; the cases are", *map(str, every)]))
 
+    for provider in args.without:
+        del FUNCTIONS[provider]
     where, results = machine(args), []
     with tqdm(total=len(chosen) * len(TENSORS_MOVED) * args.rounds, unit="round") as progress:
         for case in chosen:
