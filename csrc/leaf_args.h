@@ -23,7 +23,7 @@ struct Args {
   c10::ScalarType dtype;  // of inputs and outputs
   const void* in[kMaxInputs];
   int in_stride[kMaxInputs];  // 1, or 0 where all of the input is one element; u's is 1
-  void* out[kMaxOutputs];     // null if not needed; one may be u
+  void* out[kMaxOutputs];     // null if not needed; one may be an input that lies alike
   void* dp[kMaxSums];         // `count` values of dp_dtype each; null if not needed
   c10::ScalarType dp_dtype;
   // For pitched operations: element i of an operand is at i / run · its pitch + i % run; the plan's `inner` is then 1

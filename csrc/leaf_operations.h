@@ -21,10 +21,18 @@ enum class Operation {
   gru_forward,
   gru_backward
 };
-constexpr int kOperations = 9;
+constexpr int kOperations = static_cast<int>(Operation::gru_backward) + 1;
 
 // The most of any operation.
 constexpr int kMaxInputs = 7, kMaxOutputs = 5, kMaxParameters = 20, kMaxSums = 20;
+
+template <class Op>
+constexpr bool kWithinMost =
+    Op::inputs <= kMaxInputs && Op::outputs <= kMaxOutputs && 4 * Op::sets <= kMaxParameters && Op::sums <= kMaxSums;
+
+// Room for an operation's sums: an array has at least one element.
+template <class Op>
+constexpr int kSums = Op::sums ? Op::sums : 1;
 
 // grad times the derivative of leaf(u) by u; adds those by the parameters to sum[0..3].
 template <class M, class T = typename M::T>

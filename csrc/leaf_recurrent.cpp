@@ -107,7 +107,8 @@ void check_backward(const OptionalTensor& grad_output, const OptionalTensor& gra
   if (l.c) check_tensor(function + "cells", cells, l.x, sizes);
   if (grad_output) check_tensor(function + "grad_output", *grad_output, l.x, sizes);
   if (grad_h_n) check_tensor(function + "grad_h_n", *grad_h_n, l.x, l.h.sym_sizes());
-  if (l.c && grad_c_n) check_tensor(function + "grad_c_n", *grad_c_n, l.x, l.h.sym_sizes());
+  TORCH_CHECK_VALUE(l.c || !grad_c_n, function, "grad_c_n is a tensor; without c it takes None");
+  if (grad_c_n) check_tensor(function + "grad_c_n", *grad_c_n, l.x, l.h.sym_sizes());
   sizes.back() = 4 * l.h.sym_size(1);
   check_tensor(function + "pre", pre, l.x, sizes);
 }
@@ -241,7 +242,7 @@ class StepPass {
   Args args_{};
 };
 
-Tensor by_rows(const Tensor& t) { return t.contiguous().view({-1, t.size(-1)}); }
+Tensor by_rows(const Tensor& t) { return t.contiguous().flatten(0, -2); }
 
 at::DimVector sizes_with(const Tensor& t, int64_t last) {
   at::DimVector sizes(t.sizes().begin(), t.sizes().end());
@@ -294,7 +295,7 @@ FiveTensors leaf_recurrent_forward(Run run, const Tensor& x, const Tensor& h, co
   const Tensor h0 = h.contiguous(), c0 = c ? c->contiguous() : Tensor();
   const Tensor output = at::empty(sizes_with(x, hidden), x.options());
   const Tensor cells = at::empty(c ? sizes_with(x, hidden) : at::DimVector{0}, x.options());
-  const Tensor output_rows = output.view({-1, hidden}), cell_rows = c ? cells.view({-1, hidden}) : Tensor();
+  const Tensor output_rows = by_rows(output), cell_rows = c ? by_rows(cells) : Tensor();
   const Tensor pre_rows = part_by_x(layer);
   const Product by_weight(weight_hh, h.size(0), steps.count());
   StepPass pass(cell, cell.forward, h0, parameters);
@@ -422,6 +423,7 @@ namespace {
 
 // The layer as differentiable tensor operations (leaf_composite.h).
 FiveTensors composite(const Layer& l) {
+  const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
   const Cell& cell = l.cell();
   const Steps steps(l);
   const int64_t hidden = l.h.size(1), count = steps.count();
@@ -553,7 +555,10 @@ struct RecurrentNode : torch::autograd::Function<RecurrentNode> {
                                 given(batch_sizes), output, cells, pre});
     context->saved_data["reverse"] = reverse;
     context->set_materialize_grads(false);
-    context->mark_non_differentiable({cells, pre});
+    if (c)
+      context->mark_non_differentiable({cells, pre});
+    else
+      context->mark_non_differentiable({c_n, cells, pre});
     return {output, h_n, c_n, cells, pre};
   }
 
@@ -578,6 +583,7 @@ struct RecurrentNode : torch::autograd::Function<RecurrentNode> {
   // For gradients of gradients: the layer once more, as tensor operations, and the gradients by autograd.
   static void differentiable_backward(const variable_list& grads, const variable_list& s, bool reverse,
                                       const std::array<bool, 11>& mask, variable_list& results) {
+    const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
     // Each its own node, so that a tensor that stands for two inputs has the gradient of each.
     variable_list inputs, outputs, of_outputs, wanted;
     for (int k = 0; k < 11; ++k) inputs.push_back(s[k].defined() ? s[k].view_as(s[k]) : s[k]);

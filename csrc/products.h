@@ -20,7 +20,8 @@ class Product {
     if (!by_onednn_) return;
     w_ = dense(w);
     if (uses < kUsesWorthLayout) return;
-    static const auto reorder = find("mkldnn::_reorder_linear_weight");
+    static const auto reorder = find("mkldnn::_reorder_linear_weight",
+                                     "mkldnn::_reorder_linear_weight(Tensor self, int? batch_size=None) -> Tensor Y");
     if (reorder) w_ = call(*reorder, {w_, rows});
   }
 
@@ -45,11 +46,15 @@ class Product {
   at::Tensor w_;
   bool by_onednn_;
 
-  static std::optional<c10::OperatorHandle> find(const char* name) {
-    return c10::Dispatcher::singleton().findSchema({name, ""});
+  // torch's operator, if its schema is the one that is called here: these are not public.
+  static std::optional<c10::OperatorHandle> find(const char* name, const char* schema) {
+    const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
+    return op && c10::toString(op->schema()) == schema ? op : std::nullopt;
   }
   static const std::optional<c10::OperatorHandle>& linear() {
-    static const auto op = find("mkldnn::_linear_pointwise");
+    static const auto op = find("mkldnn::_linear_pointwise",
+                                "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, "
+                                "str? algorithm) -> Tensor Y");
     return op;
   }
   static bool onednn_takes(const at::Tensor& w) {

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from .modules import AHAF, LEAF, LearnableActivation, size_of
 from .optim import split_activation_parameters
+from .recurrent import Recurrent
 
 #: The form (``init_as``) that stands for a fixed activation. The first four equal it; the others come near it: what is
 #: left is in the report. 1.05 and 0.94 make the largest difference the smallest.
@@ -308,7 +309,7 @@ class _Conversion:
 
     def _find_calls(self, name: str, module: nn.Module) -> None:
         """Calls of functions and Tensor methods, in forwards that torch.fx can trace."""
-        leaves = (LearnableActivation, torch.jit.ScriptModule, *self.activations)
+        leaves = (LearnableActivation, Recurrent, torch.jit.ScriptModule, *self.activations)
         cls = type(module)
         if isinstance(module, fx.GraphModule):  # its copies are made from its graph, and a new forward would be lost
             reason = "calls in its graph are not replaced; they would be in the model that it was traced from"

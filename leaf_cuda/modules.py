@@ -126,10 +126,18 @@ class LearnableActivation(nn.Module):
 
     def reset_parameters(self) -> None:
         """Back to the initial form."""
-        with torch.no_grad():
-            for name, values in self._initial_values().items():
-                p = getattr(self, name)
-                p.copy_(self._initial_tensor(values, {"dtype": p.dtype, "device": p.device}))
+        for name, values in self._initial_values().items():
+            p = getattr(self, name)
+            if len(values) == 1:
+                nn.init.constant_(p, values[0])
+                continue
+            initial = self._initial_tensor(values, {"dtype": p.dtype, "device": p.device})
+            if hasattr(p, "placements"):  # a DTensor, which copies no plain tensor
+                from torch.distributed.tensor import distribute_tensor
+
+                initial = distribute_tensor(initial, p.device_mesh, p.placements)
+            with torch.no_grad():
+                p.copy_(initial)
 
     def add_initial_values(self, state_dict: dict, prefix: str, weight: Tensor | None) -> None:
         """Adds this module's parameters in their initial form to a state dict that has none of them, as one of a fixed

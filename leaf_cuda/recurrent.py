@@ -48,7 +48,11 @@ LSTM_FORMS = {
 GRU_FORMS = {"reset_gate": "Sigmoid", "update_gate": "Sigmoid", "candidate": "Tanh"}
 
 
-class _Recurrent(nn.Module):
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+class Recurrent(nn.Module):
     """What the cells and the layers share; before torch's own class in the order of bases."""
 
     _forms: dict[str, str]
@@ -78,13 +82,15 @@ class _Recurrent(nn.Module):
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         h, c = states if len(states) == 2 else (*states, None)
         tensors = [x, h, c, *(getattr(self, name + suffix, None) for name in names)]
-        if torch.is_autocast_enabled(x.device.type):
+        if _autocasts(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
         leaf = getattr(self, "leaf" + suffix)
         arguments = (*tensors, leaf.p1, leaf.p2, leaf.p3, leaf.p4, batch_sizes, reverse)
         fallback = not _ops.has_kernel(x.device.type)
         if fallback or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()):
+            with torch.no_grad():  # the operator's checks, without its work
+                _ops.leaf_recurrent_forward(*(t.to("meta") if isinstance(t, Tensor) else t for t in arguments))
             if fallback:
                 _warn_fallback(x.device.type)
             return reference.recurrent(*arguments)
@@ -101,7 +107,7 @@ class _Recurrent(nn.Module):
         self._check_like("input", x, weight)
 
     def _check_like(self, name: str, t: Tensor, weight: Tensor) -> None:
-        if t.dtype != weight.dtype and not torch.is_autocast_enabled(t.device.type):
+        if t.dtype != weight.dtype and not _autocasts(t.device.type):
             self._fail(TypeError, f"{name} has dtype {t.dtype}; it takes the weights' {weight.dtype}")
         if t.device != weight.device:
             self._fail(ValueError, f"{name} is on {t.device}; it takes the weights' {weight.device}")
@@ -126,7 +132,7 @@ class _Recurrent(nn.Module):
         return tuple(states) if len(states) == 2 else states[0]
 
 
-class _Cell(_Recurrent):
+class _Cell(Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, *, per_unit: bool = False, device=None, dtype=None
     ):
@@ -148,7 +154,7 @@ class _Cell(_Recurrent):
 
 
 # Not torch's LSTM and GRU themselves: torch.compile refuses these by their type.
-class _Layers(_Recurrent, nn.RNNBase):
+class _Layers(Recurrent, nn.RNNBase):
     mode: str
 
     def __init__(

@@ -40,7 +40,10 @@ def recurrent(
         return _in_math(u, p1[row], p2[row], p3[row], p4[row])
 
     by_x = torch.nn.functional.linear(x, weight_ih, bias_ih)
-    steps = list(by_x) if batch_sizes is None else list(by_x.split(batch_sizes.tolist()))
+    sizes = [len(h)] * len(x) if batch_sizes is None else batch_sizes.tolist()
+    if sizes[:1] != [len(h)] or any(b > a or b < 1 for a, b in zip(sizes, sizes[1:])):
+        raise ValueError(f"batch_sizes is {sizes}; it takes sizes that never grow, from h's batch, {len(h)}, on")
+    steps = list(by_x) if batch_sizes is None else list(by_x.split(sizes))
     outputs = [h] * len(steps)
     for t in reversed(range(len(steps))) if reverse else range(len(steps)):
         n = len(steps[t])

@@ -86,6 +86,34 @@ def fsdp(rank, mesh, model=None, x=None, policies=None, tolerance=1e-6):
     assert all(p.dtype == torch.float32 for m in activations(model) for p in m.parameters())
 
 
+def fsdp_of_a_recurrent_layer(rank, mesh):
+    """In one group, from the meta device on, with and without a policy of low precision."""
+    from torch.distributed.fsdp import fully_shard
+
+    for options, tolerance in (({}, 1e-6), (policy(torch.bfloat16), 5e-2)):
+        model = nn.ModuleDict(
+            {
+                "rnn": leaf_cuda.nn.LeafGRU(3, 4, per_unit=True, device="meta"),
+                "leaf": leaf_cuda.LEAF(size=(4,), device="meta"),
+            }
+        )
+        fully_shard(model["rnn"], mesh=mesh, **options)
+        fully_shard(model["leaf"], mesh=mesh)
+        model.to_empty(device="cpu")
+        torch.manual_seed(0)
+        for module in model.values():
+            module.reset_parameters()
+        single = leaf_cuda.nn.LeafGRU(3, 4, per_unit=True)
+        single.load_state_dict({k: v.full_tensor() for k, v in model["rnn"].state_dict().items()})
+        assert single.leaf_l0.p2[:, 0].tolist() == [1, 1, 2]
+        assert model["leaf"].p3.full_tensor().unique().item() == 2**16
+        x = torch.randn(5, 2 * WORLD, 3, generator=torch.Generator().manual_seed(1))
+        loss(single(x)[0]).backward()
+        loss(model["rnn"](x.chunk(WORLD, 1)[rank])[0]).backward()
+        for p, expected in zip(model["rnn"].parameters(), single.parameters(), strict=True):
+            torch.testing.assert_close(p.grad.full_tensor(), expected.grad, rtol=tolerance, atol=tolerance)
+
+
 def policy(dtype):
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -270,6 +298,7 @@ CHECKS = [
     double_stage_with_ddp_needs_its_option,
     double_stage_with_fsdp,
     fsdp,
+    fsdp_of_a_recurrent_layer,
     fsdp_in_one_group,
     fsdp_with_a_policy,
     fsdp_with_a_float16_policy,

@@ -235,6 +235,24 @@ def test_packed(device, kind, sizes, reverse):
     assert_same(evaluate(fused, kind, x[:, 0], states, rest, **how), expected)
 
 
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.1)], ids=dtype_id)
+@pytest.mark.parametrize("sizes", [[6] * 7, [6, 6, 5, 3, 3, 1]], ids=["unpacked", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products(device, kind, sizes, dtype, tolerance, onednn):
+    """All gradients, against float64 from the same numbers: in float32 the products go by oneDNN. Errors are those of each
+    product and of the states that it makes, relative to the largest number of a tensor."""
+    x, states, rest = draw(kind, sum(sizes), 1, 40, features=24, dtype=dtype, device=device)
+    _, states, _ = draw(kind, 1, sizes[0], 40, dtype=dtype, device=device)
+    rest = [*rest[:4], *(0.3 * (p - c) + c for p, c in zip(rest[4:], (0, 1, 1, 0)))]
+    x, how = x[:, 0], {"batch_sizes": torch.tensor(sizes), "reverse": True}
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        ours = evaluate(fused, kind, x, states, rest, **how)
+    true = evaluate(formula, kind, x.double(), [s.double() for s in states], [r.double() for r in rest], **how)
+    for k, (r, e) in enumerate(zip(ours, true, strict=True)):
+        assert (r.double() - e).abs().max() <= tolerance * (1 + e.abs().max()), f"result {k}"
+
+
 @pytest.mark.parametrize("used", ["output", "h_n", "c_n"])
 def test_of_one_result(device, used):
     """The gradients of the others are not there."""
@@ -256,8 +274,10 @@ def test_no_biases_and_no_batch(device):
         assert_same(evaluate(fused, kind, x, states, rest), evaluate(formula, kind, x, states, rest))
         rest[3] = None
         assert_same(evaluate(fused, kind, x, states, rest), evaluate(formula, kind, x, states, rest))
-        x, states, rest = draw(kind, 3, 0, 5, device=device)
-        assert_same(evaluate(fused, kind, x, states, rest), evaluate(formula, kind, x, states, rest))
+        for batch, features in ((0, 4), (3, 0)):
+            x, states, rest = draw(kind, 3, batch, 5, features=features or 1, device=device)
+            x, rest[0] = x[..., :features], rest[0][:, :features]
+            assert_same(evaluate(fused, kind, x, states, rest), evaluate(formula, kind, x, states, rest))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -268,9 +288,13 @@ def test_layouts(device, kind):
     gaps = [t.repeat_interleave(2, -1)[..., ::2] for t in (x, *states, *rest)]
     turned = [t.t().contiguous().t() if t.dim() == 2 else t for t in (x, *states, *rest)]
     turned[0] = x.transpose(0, 1).contiguous().transpose(0, 1)
+    n = 1 + len(states)
     for given in (gaps, turned):
-        n = 1 + len(states)
         assert_same(evaluate(fused, kind, given[0], given[1:n], given[n:]), expected)
+    rows = [t[:1].expand(t.shape) for t in (x, *states, *rest)]
+    grads = [torch.randn((), **float64, device=device).expand(t.shape) for t in (torch.empty(4, 3, 5), *states)]
+    expected = evaluate(formula, kind, rows[0], rows[1:n], rows[n:], grads)
+    assert_same(evaluate(fused, kind, rows[0], rows[1:n], rows[n:], grads), expected)
     copies = [t.clone() for t in (x, *states)]
     evaluate(fused, kind, x, states, rest)
     assert all(torch.equal(a, b) for a, b in zip(copies, (x, *states)))
@@ -318,12 +342,12 @@ def test_threads_and_runs(set_threads, kind, batch, hidden):
     x, states, rest = draw(kind, 1, batch, hidden, 1, True, torch.float32)
     rest[1] = torch.zeros_like(rest[1])
     grads = [torch.randn(s) for s in [(1, batch, hidden)] + [(batch, hidden)] * len(states)]
-    results = {}
+    results = []
     for threads in (1, 2, 3, 1):
         set_threads(threads)
-        results[threads] = evaluate(fused, kind, x, states, rest, grads)
+        results.append(evaluate(fused, kind, x, states, rest, grads))
     passes = [*range(1 + len(states)), *range(-4, 0)]
-    assert all(torch.equal(results[t][k], results[1][k]) for t in (2, 3) for k in passes)
+    assert all(torch.equal(again[k], results[0][k]) for again in results[1:] for k in passes)
 
 
 def test_many_steps_of_sums(device):
@@ -421,6 +445,32 @@ def test_tangents(device, kind):
         assert_same(got, [forward_ad.unpack_dual(r).tangent for r in expected])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_leaves_the_operator_alone(kind):
+    """Also where it runs as PyTorch operations."""
+    x, states, rest = draw(kind, 3, 2, 4, dtype=torch.float32)
+    v = torch.randn_like(x)
+
+    def second_order():
+        leaf = x.detach().requires_grad_()
+        (d,) = torch.autograd.grad(fused(kind, leaf, states, *rest)[0].sin().sum(), leaf, create_graph=True)
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(fused(kind, forward_ad.make_dual(x, v), states, *rest)[0]).tangent
+        with torch.autocast("cpu", enabled=False):  # which autograd's own products are subject to
+            return [tangent, d.detach(), *torch.autograd.grad(d.square().sum(), leaf)]
+
+    expected = second_order()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(r, e) for r, e in zip(second_order(), expected))
+
+
+def test_vmap():
+    module = randomised(LeafGRU(3, 4, **float64))
+    x = torch.randn(2, 5, 1, 3, **float64)
+    with torch.no_grad():
+        torch.testing.assert_close(vmap(lambda x: module(x)[0])(x), torch.stack([module(x)[0] for x in x]))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("needed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=dtype_id)
@@ -489,6 +539,11 @@ def test_fallback(monkeypatch, kind, layout):
     monkeypatch.setattr(leaf_cuda.functional, "_warned", set())
     with pytest.warns(leaf_cuda.FallbackWarning):
         assert_same(everything(module, x, hx), expected)
+    with pytest.raises(ValueError, match="batch_sizes is .*never grow"):
+        module(growing(torch.float64))
+    module.leaf_l0.p1 = nn.Parameter(torch.zeros(2, 1, **float64))
+    with pytest.raises(ValueError, match="p1 has shape"):
+        module(x, hx)
 
 
 # ---- modules ---------------------------------------------------------------------------------------------------------
@@ -541,6 +596,7 @@ def test_state_dicts(kind, tmp_path):
 def test_from_the_meta_device(kind, assign):
     fixed = LAYERS[kind][1](5, 7, bidirectional=True)
     module = LAYERS[kind][0](5, 7, bidirectional=True, device="meta")
+    assert module(torch.empty(4, 3, 5, device="meta"))[0].shape == (4, 3, 14)
     if not assign:
         module.to_empty(device="cpu")
     module.load_state_dict(fixed.state_dict(), strict=True, assign=assign)
@@ -592,8 +648,8 @@ def test_example():
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
-def growing():
-    return PackedSequence(torch.randn(5, 5), torch.tensor([2, 3]))
+def growing(dtype=torch.float32):
+    return PackedSequence(torch.randn(5, 5, dtype=dtype), torch.tensor([2, 3]))
 
 
 @pytest.mark.parametrize(

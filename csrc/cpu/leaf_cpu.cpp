@@ -23,9 +23,9 @@ constexpr int64_t kUnfoldedColumns = 1024;
 // What one task of a parallel loop works on at least: far beyond the cost of handing it out. A recurrent step's
 // elements take several times as long as others.
 template <class Op>
-constexpr int64_t kTaskElements = !Op::by_lines ? 32768
-                                  : Op::sums    ? 4096
-                                                : 8192;
+constexpr int64_t kTaskElements = Op::sets < 3 ? 32768
+                                  : Op::sums   ? 4096
+                                               : 8192;
 // Outputs of more bytes than this would leave the last-level cache again before they are all there.
 constexpr int64_t kBeyondCaches = int64_t{32} << 20;
 // Rows share their partial sums: at least so many, for the sums to stay under an eighth of u; and so that there are

@@ -2,6 +2,7 @@
 // instruction set. leaf_cpu.cpp chooses the table and divides the work.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../leaf_operations.h"
@@ -10,16 +11,15 @@ namespace leaf_cuda::cpu {
 
 // Columns come in multiples of the widest vector, so that only a matrix's last row can end inside one.
 constexpr int64_t kColumnMultiple = 16;
-// A block of an operation's columns is narrow enough that its parameters and sums stay in the nearest caches.
+// A block of an operation's columns is narrow enough that its parameters and sums, so many numbers, stay in the nearest
+// caches.
+constexpr int64_t kColumnNumbers = 24576;
 template <class Op>
-constexpr int64_t kColumnBlock = 2048 / ((Op::sets + 1) / 2) / kColumnMultiple * kColumnMultiple;
+constexpr int64_t kColumnBlock =
+    std::min<int64_t>(2048, kColumnNumbers / (4 * Op::sets + Op::sums) / kColumnMultiple * kColumnMultiple);
 // From one parameter's sums to the next: not a power of two, which would map all of them to the same sets of a cache.
 template <class Op>
 constexpr int64_t kSumStride = kColumnBlock<Op> + 80;
-// Room for an operation's sums: an array has at least one element.
-template <class Op>
-constexpr int kSums = Op::sums ? Op::sums : 1;
-
 // An operation's inputs and outputs (leaf_operations.h), at the first element. in_stride is 1, or 0 where all of the
 // input is one element; an output is null if not needed. Storage is void: double, float, bfloat16 or half. Arithmetic:
 // double for double, else float.

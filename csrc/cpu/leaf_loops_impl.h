@@ -9,9 +9,9 @@
 
 namespace {
 
+using leaf_cuda::kSums;
 using leaf_cuda::Parameters;
 using leaf_cuda::cpu::kColumnMultiple;
-using leaf_cuda::cpu::kSums;
 using leaf_cuda::cpu::kSumStride;
 
 template <class S>
@@ -344,6 +344,7 @@ constexpr leaf_cuda::cpu::InnerLoops loops() {
 
 template <class S, class... Ops>
 constexpr leaf_cuda::cpu::InnerLoopsByOperation loops_of(Ops...) {
+  static_assert(sizeof...(Ops) == leaf_cuda::kOperations && (leaf_cuda::kWithinMost<Ops> && ...));
   leaf_cuda::cpu::InnerLoopsByOperation result{};
   ((result.loops[static_cast<int>(Ops::operation)] = loops<Ops, S>()), ...);
   return result;

@@ -217,10 +217,6 @@ constexpr int kMinBlocks = Op::inputs == 1                               ? 3
                            : Op::sums > 12 && sizeof(Arithmetic<S>) == 8 ? 1
                                                                          : 2;
 
-// Room for an operation's sums: an array has at least one element.
-template <class Op>
-constexpr int kSums = Op::sums ? Op::sums : 1;
-
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
 // The slots (launch_plan.h) of one thread, one after another.

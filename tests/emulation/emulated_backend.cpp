@@ -34,8 +34,10 @@ void poison(void* p, int64_t bytes) {
 
 void run(const Args& a, const Tensor& u) {
   const auto is_input = [&](void* out) { return std::find(a.in, std::end(a.in), out) != std::end(a.in); };
-  for (void* out : a.out)
-    if (!is_input(out)) poison(out, a.plan.numel() * c10::elementSize(a.dtype));
+  const int64_t element = c10::elementSize(a.dtype), n = a.plan.numel(), line = a.run ? a.run : n;
+  for (int k = 0; k < kMaxOutputs; ++k)
+    for (int64_t i = 0; a.out[k] && !is_input(a.out[k]) && i < n; i += line)
+      poison(static_cast<char*>(a.out[k]) + i / line * a.out_pitch[k] * element, line * element);
   for (void* dp : a.dp) poison(dp, a.plan.count * c10::elementSize(a.dp_dtype));
   const cuda::LaunchPlan plan = cuda::plan_launch(a, multiprocessors);
   const Tensor workspace = at::empty({plan.workspace_bytes}, u.options().dtype(at::kByte));
