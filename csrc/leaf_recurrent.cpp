@@ -122,6 +122,7 @@ void check_layouts(const Layer& l) {
   check_layout(function, "weight_hh", l.weight_hh);
   check_layout(function, "bias_ih", l.bias_ih);
   check_layout(function, "bias_hh", l.bias_hh);
+  check_layout(function, "batch_sizes", l.batch_sizes);
 }
 
 // ---- steps ----------------------------------------------------------------------------------------------------------
@@ -643,6 +644,14 @@ ElevenTensors backward_autograd(const OptionalTensor& grad_output, const Optiona
                                   !any([](const auto&... t) { return any_tangent(t...); }),
                               "leaf_recurrent_backward has no gradient of its own; differentiate "
                               "leaf_recurrent_forward with create_graph=True");
+  const ParameterList parameters = {p1, p2, p3, p4};
+  check_layouts({x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, parameters, batch_sizes, reverse});
+  check_layout("leaf_recurrent_backward", "grad_output", grad_output);
+  check_layout("leaf_recurrent_backward", "grad_h_n", grad_h_n);
+  check_layout("leaf_recurrent_backward", "grad_c_n", grad_c_n);
+  check_layout("leaf_recurrent_backward", "output", output);
+  check_layout("leaf_recurrent_backward", "cells", cells);
+  check_layout("leaf_recurrent_backward", "pre", pre);
   const at::AutoDispatchBelowADInplaceOrView guard;
   return call_backward(grad_output, grad_h_n, grad_c_n, output, cells, pre, x, h, c, weight_ih, weight_hh, bias_ih,
                        bias_hh, p1, p2, p3, p4, batch_sizes, reverse, mask);

@@ -64,16 +64,21 @@ class Recurrent(nn.Module):
         )
         self.add_module(name, leaf)
 
+    def _leaves(self):
+        return [(name, child) for name, child in self.named_children() if isinstance(child, CellLEAF)]
+
     def reset_parameters(self) -> None:
         """The weights anew, LEAF's parameters to their initial form."""
         super().reset_parameters()
-        for leaf in self.children():
+        for _, leaf in self._leaves():
             leaf.reset_parameters()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name, leaf in self.named_children():
-            weight = state_dict.get(f"{prefix}weight_hh{name.removeprefix('leaf')}")
-            leaf.add_initial_values(state_dict, f"{prefix}{name}.", weight)
+        for name, leaf in self._leaves():
+            # Or what stands for it: pruning and parametrizations have other names.
+            of_weight = f"weight_hh{name.removeprefix('leaf')}"
+            weights = (t for key, t in state_dict.items() if key.startswith(prefix) and of_weight in key)
+            leaf.add_initial_values(state_dict, f"{prefix}{name}.", next(weights, None))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _run(self, suffix: str, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None, reverse: bool):
@@ -107,7 +112,7 @@ class Recurrent(nn.Module):
         self._check_like("input", x, weight)
 
     def _check_like(self, name: str, t: Tensor, weight: Tensor) -> None:
-        if t.dtype != weight.dtype and not _autocasts(t.device.type):
+        if t.dtype != weight.dtype and not (_autocasts(t.device.type) and t.is_floating_point()):
             self._fail(TypeError, f"{name} has dtype {t.dtype}; it takes the weights' {weight.dtype}")
         if t.device != weight.device:
             self._fail(ValueError, f"{name} is on {t.device}; it takes the weights' {weight.device}")

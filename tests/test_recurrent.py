@@ -591,6 +591,32 @@ def test_state_dicts(kind, tmp_path):
     assert trained.leaf_l0.p4[2].unique().item() == -1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dicts_of_changed_layers(kind):
+    """Parametrized, pruned, and with other children."""
+
+    class Own(LAYERS[kind][0]):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.drop = nn.Dropout(0.1)
+
+    own = Own(5, 7)
+    own.load_state_dict(LAYERS[kind][1](5, 7).state_dict(), strict=True)
+    own.reset_parameters()
+    x = torch.randn(4, 3, 5)
+    for change in (
+        lambda m: nn.utils.parametrizations.weight_norm(m, "weight_hh_l0"),
+        lambda m: nn.utils.prune.l1_unstructured(m, "weight_hh_l0", 0.3),
+    ):
+        fixed, learned = (C(5, 7) for C in reversed(LAYERS[kind]))
+        change(fixed)
+        change(learned)
+        learned.load_state_dict(fixed.state_dict(), strict=True)
+        torch.testing.assert_close(learned(x)[0], fixed(x)[0])
+        learned.load_state_dict(learned.state_dict())
+        learned.reset_parameters()
+
+
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_from_the_meta_device(kind, assign):
@@ -706,6 +732,8 @@ def test_errors_of_cells(kind):
     ]:
         with pytest.raises(error, match=f"Leaf{kind}Cell: {message}"):
             cell(*arguments)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="input has dtype torch.int64"):
+        cell(torch.ones(3, 5, dtype=torch.long))
     with pytest.raises(TypeError, match="proj_size"):
         LeafLSTM(5, 7, proj_size=3)
 

@@ -367,6 +367,13 @@ __device__ __forceinline__ void load_column_parameters(const ColumnsLaunch& c, c
   }
 }
 
+// Whether each thread stores its own columns' sums, for there are no others to add. (Not of many: their code would be
+// far longer than the rest.)
+template <class Op>
+__host__ __device__ __forceinline__ bool sums_alone(const ColumnsLaunch& c) {
+  return Op::sums <= 4 && c.ty == 1 && c.inner == 1;
+}
+
 template <class Op, class S, int N, int Unroll>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
     columns(ColumnsLaunch c, FlatParameters parameters, Operands<Op, S> a, SumTarget<Op::sums, Arithmetic<S>> target) {
@@ -400,7 +407,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
 
   if (!Op::sums || !target.wanted) return;
   const int width = c.tx * N;
-  if (c.ty == 1 && c.inner == 1) {
+  if (sums_alone<Op>(c)) {
     if (!t.active) return;
 #pragma unroll
     for (int q = 0; q < Op::sums; ++q)
@@ -417,7 +424,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
   }
   __syncthreads();
   const int inner = static_cast<int>(c.inner), slots = width / inner;
-#pragma unroll
+#pragma unroll(Op::sums <= 4 ? 4 : 1)
   for (int q = 0; q < Op::sums; ++q) {
     for (int s = threadIdx.x; s < slots; s += blockDim.x) {
       const int64_t slot = static_cast<int64_t>(blockIdx.x) * slots + s;

@@ -104,7 +104,7 @@ void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Op::sums, A
     }
   if constexpr (N == 1 || kColumnVectors<Op>) {
     const ColumnsLaunch& c = b.columns;
-    const bool alone = !Op::sums || (c.ty == 1 && c.inner == 1);
+    const bool alone = !Op::sums || sums_alone<Op>(c);
     launch(columns<Op, S, N, kUnroll<Op>>, dim3(c.tiles, c.splits), c.threads,
            alone ? 0 : sizeof(A) * Op::sums * c.ty * c.tx * N, c, a.parameters, operands, target);
   }
