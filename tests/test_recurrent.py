@@ -15,6 +15,7 @@ from test_func import Calls
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, vmap
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import leaf_cuda
@@ -606,7 +607,7 @@ def test_state_dicts_of_changed_layers(kind):
     x = torch.randn(4, 3, 5)
     for change in (
         lambda m: nn.utils.parametrizations.weight_norm(m, "weight_hh_l0"),
-        lambda m: nn.utils.prune.l1_unstructured(m, "weight_hh_l0", 0.3),
+        lambda m: prune.l1_unstructured(m, "weight_hh_l0", 0.3),
     ):
         fixed, learned = (C(5, 7) for C in reversed(LAYERS[kind]))
         change(fixed)
