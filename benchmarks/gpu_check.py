@@ -24,11 +24,15 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = 3
 LIMIT_SECONDS = 540
 
+MORE_BENCHMARKS = ("glu", "recurrent")
 RESULT_FILES = {"csv": "benchmark.csv", "json": "benchmark.json", "markdown": "table.md"}
 
 # A few tests that reach each CUDA kernel; the checkers slow kernels down a hundredfold.
-CHECKED_TESTS = ["tests/test_golden.py", "tests/test_double_backward.py", "tests/test_glu.py"]
-CHECKED_TESTS += ["-k", "cuda and (leaf0 or ahaf0 or ((test_float64 or test_packed) and (layer or features)))"]
+CHECKED_TESTS = [f"tests/test_{name}.py" for name in ("golden", "double_backward", "glu", "recurrent")]
+CHECKED_TESTS += [
+    "-k",
+    "cuda and (leaf0 or ahaf0 or ((test_float64 or test_packed) and (layer or features)) or (test_formula and 4-3-5))",
+]
 
 
 def gpu_name() -> str | None:
@@ -138,8 +142,11 @@ def main() -> int:
                 run.lacks("plots", f"matplotlib is missing; `plots.py {RESULT_FILES['json']} .` makes them elsewhere")
         else:
             run.skip("plots", "the benchmark failed")
+        for name in MORE_BENCHMARKS:
+            table = ["--device", "cuda", "--rounds", "11", f"--markdown={folder / name}.md"]
+            run.step(name, [python, f"benchmarks/bench_{name}.py", *table], 60)
     else:
-        for name in ("tests", "memcheck", "racecheck", "benchmark", "plots"):
+        for name in ("tests", "memcheck", "racecheck", "benchmark", "plots", *MORE_BENCHMARKS):
             run.skip(name, "the build failed")
 
     summary = [f"{name}: {outcome}" for name, outcome in run.outcomes.items()]
