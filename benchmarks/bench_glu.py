@@ -8,16 +8,12 @@ rounds of two times in the same round.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import random
-import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
-from bench_leaf import MALLOC, formula, print_table, ratio, tqdm
+from bench_leaf import formula, parse, print_table, ratio, tqdm
 
 import leaf_cuda
 
@@ -54,17 +50,10 @@ def seconds(gate, packed, parameters, sets) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--features", type=int, default=1024, help="of a, and of b")
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--markdown", type=Path, help="write the table to this file, too")
-    args = parser.parse_args()
-    if args.device == "cpu" and platform.libc_ver()[0] == "glibc" and {**MALLOC, **os.environ} != os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**MALLOC, **os.environ})
-    torch.set_num_threads(args.threads)
+    args = parse(parser, rounds=21)
 
     lines = []
     for dtype in (torch.float32, torch.bfloat16):

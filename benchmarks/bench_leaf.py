@@ -359,6 +359,27 @@ def print_table(lines: list[list[str]], headers: list[str], what: str, args: arg
         args.markdown.write_text(text)
 
 
+def restart_with_malloc() -> None:
+    """Runs this script again with MALLOC's settings, unless it has them."""
+    wanted = {**MALLOC, **os.environ}
+    if platform.libc_ver()[0] == "glibc" and wanted != os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
+
+
+def parse(parser: argparse.ArgumentParser, rounds: int) -> argparse.Namespace:
+    """The options of a script of its own, and those that each of them has; its threads and its malloc are then set."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table to this file, too")
+    args = parser.parse_args()
+    if args.device == "cpu":
+        restart_with_malloc()
+    torch.set_num_threads(args.threads)
+    return args
+
+
 def machine(args: argparse.Namespace) -> dict:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -448,10 +469,8 @@ def main() -> None:
     args = arguments()
     if args.plot:
         import plots  # noqa: F401  so that a missing matplotlib is told before, not after
-    wanted = {**MALLOC, **os.environ}
-    glibc = platform.libc_ver()[0] == "glibc"
-    if glibc and args.device == "cpu" and not args.default_malloc and wanted != os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
+    if args.device == "cpu" and not args.default_malloc:
+        restart_with_malloc()
     if leaf_cuda.backend_for(torch.empty(0, device=args.device)) == "composite":
         sys.exit(f"this build of leaf_cuda has no fused kernel for {args.device}")
     every = sweep(1 << args.largest) if args.sweep else cases(args.device, args.quick)

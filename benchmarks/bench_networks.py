@@ -8,17 +8,14 @@ network once, in shuffled order; a ratio is the median over the rounds of two ti
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import random
 import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
 import torch._inductor.config
-from bench_leaf import MALLOC, AuthorsWay, formula, print_table, ratio, tqdm
+from bench_leaf import AuthorsWay, formula, parse, print_table, ratio, tqdm
 from torch import nn
 
 from leaf_cuda import LEAF
@@ -91,17 +88,10 @@ NETWORKS = (LeNet5, KerasNet, Transformer)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--iterations", type=int, default=2, help="per round")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--markdown", type=Path, help="write the table to this file, too")
-    args = parser.parse_args()
-    if args.device == "cpu" and platform.libc_ver()[0] == "glibc" and {**MALLOC, **os.environ} != os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**MALLOC, **os.environ})
-    torch.set_num_threads(args.threads)
+    args = parse(parser, rounds=15)
     torch._inductor.config.fallback_random = True  # dropout draws as in eager
 
     x = torch.randn(args.batch, 3, 32, 32, device=args.device)

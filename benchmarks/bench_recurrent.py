@@ -7,16 +7,12 @@ Each round runs every layer once, in shuffled order; a ratio is the median over 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import random
-import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
-from bench_leaf import MALLOC, print_table, ratio, tqdm
+from bench_leaf import parse, print_table, ratio, tqdm
 from torch import nn
 
 from leaf_cuda import reference
@@ -56,19 +52,12 @@ def seconds(layer, x) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--features", type=int, default=128, help="of x")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--markdown", type=Path, help="write the table to this file, too")
-    args = parser.parse_args()
-    if args.device == "cpu" and platform.libc_ver()[0] == "glibc" and {**MALLOC, **os.environ} != os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**MALLOC, **os.environ})
-    torch.set_num_threads(args.threads)
+    args = parse(parser, rounds=31)
 
     x = torch.randn(args.steps, args.batch, args.features, device=args.device)
     lines = []
