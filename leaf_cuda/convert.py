@@ -285,8 +285,13 @@ class _Conversion:
             if child is None:
                 continue
             path = _join(name, attribute)
+            if isinstance(child, Recurrent):
+                continue
             if isinstance(child, (nn.RNNBase, nn.RNNCellBase)):
-                self._keep(path, child, "its activations are inside torch's own recurrent step")
+                reason = (
+                    "its activations are inside torch's own recurrent step; leaf_cuda.nn has LSTM and GRU with LEAF"
+                )
+                self._keep(path, child, reason)
             elif isinstance(child, torch.jit.ScriptModule) and not isinstance(module, torch.jit.ScriptModule):
                 self.report.kept.append(Kept(path, type(child).__name__, "TorchScript cannot be changed"))
             elif (options := self._decide(path, child)) is not None:

@@ -205,6 +205,8 @@ class _Layers(Recurrent, nn.RNNBase):
             shapes = "(batch, steps, features)" if self.batch_first else "(steps, batch, features)"
             self._fail(ValueError, f"input has shape {tuple(x.shape)}; it takes {shapes} or (steps, features)")
         self._check_input(x, self.weight_ih_l0)
+        if not packed and x.size(1 if x.dim() == 3 and self.batch_first else 0) == 0:
+            self._fail(ValueError, f"input has shape {tuple(x.shape)}; it takes one step or more")
         batched, transposed = packed or x.dim() == 3, not packed and x.dim() == 3 and self.batch_first
         if not batched:
             x = x[:, None]
@@ -254,6 +256,9 @@ class LeafLSTMCell(_Cell, nn.LSTMCell):
     ``nn.LSTMCell`` loads with strict=True; the parameters of LEAF (``leaf``: :class:`CellLEAF`) then have their initial
     form.
 
+    Where p1 is trained, a gate has no bounds: over many steps the state may grow beyond all numbers. With p1 fixed
+    (``cell.leaf.p1.requires_grad_(False)``) a gate stays between p4 and p2 + p4.
+
     Args:
         input_size, hidden_size, bias, device, dtype: as torch's. LEAF's parameters are in float32, for float64 in float64.
         per_unit: whether each hidden unit has a set of LEAF's parameters, else all of a gate have one.
@@ -278,14 +283,21 @@ class LeafGRUCell(_Cell, nn.GRUCell):
 
 class LeafLSTM(_Layers):
     """``torch.nn.LSTM`` with LEAF in the place of its sigmoids and tanhs, whose values it has at the start: see
-    :class:`LeafLSTMCell`.
+    :class:`LeafLSTMCell` for the formula, and what a trained p1 does.
 
     Inputs, outputs and weights are torch's: input (steps, batch, input_size), with ``batch_first`` (batch, steps,
     input_size), unbatched (steps, input_size), or a ``PackedSequence``; hx None or (h, c) of (num_layers·directions,
     batch, hidden_size); → output, (h_n, c_n). A state dict of ``nn.LSTM`` loads with strict=True. LEAF's parameters are
     those of ``leaf_l0``, ``leaf_l0_reverse``, ... (:class:`CellLEAF`). There is no ``proj_size``.
 
-    Args, errors: as :class:`LeafLSTMCell`'s; num_layers, batch_first, dropout, bidirectional as torch's.
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch's. LEAF's
+            parameters are in float32, for float64 in float64.
+        per_unit: whether each hidden unit has a set of LEAF's parameters, else all of a gate have one.
+
+    Raises (on a call):
+        TypeError: an argument is of another type, or its dtype is not the weights' (outside of autocast).
+        ValueError: an argument is of another shape, or on another device.
     """
 
     mode, _forms, _state_names = "LSTM", LSTM_FORMS, ("hx[0]", "hx[1]")
@@ -293,6 +305,21 @@ class LeafLSTM(_Layers):
 
 class LeafGRU(_Layers):
     """``torch.nn.GRU`` with LEAF in the place of its sigmoids and tanhs, whose values it has at the start: see
-    :class:`LeafGRUCell`, and :class:`LeafLSTM`, with hx and the last state h alone."""
+    :class:`LeafGRUCell` for the formula, and what a trained p1 does.
+
+    Inputs, outputs and weights are torch's: input (steps, batch, input_size), with ``batch_first`` (batch, steps,
+    input_size), unbatched (steps, input_size), or a ``PackedSequence``; hx None or (num_layers·directions, batch,
+    hidden_size); → output, h_n. A state dict of ``nn.GRU`` loads with strict=True. LEAF's parameters are those of
+    ``leaf_l0``, ``leaf_l0_reverse``, ... (:class:`CellLEAF`).
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch's. LEAF's
+            parameters are in float32, for float64 in float64.
+        per_unit: whether each hidden unit has a set of LEAF's parameters, else all of a gate have one.
+
+    Raises (on a call):
+        TypeError: an argument is of another type, or its dtype is not the weights' (outside of autocast).
+        ValueError: an argument is of another shape, or on another device.
+    """
 
     mode, _forms, _state_names = "GRU", GRU_FORMS, ("hx",)

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from leaf_cuda import AHAF, LEAF
 from leaf_cuda.convert import freeze_weights, replace_activations
 from leaf_cuda.models import LeNet5
+from leaf_cuda.nn import LeafGRUCell, LeafLSTM
 
 
 def make_forward(body):
@@ -380,6 +381,13 @@ def test_modules_kept(make, reason):
         report = replace_activations(model)
     (kept,) = report.kept
     assert kept.name == "0" and reason in kept.reason and model[0] is child and reason in str(report)
+
+
+def test_recurrent_layers_with_leaf():
+    """They have theirs."""
+    model = nn.ModuleDict({"rnn": LeafLSTM(3, 4), "cell": LeafGRUCell(3, 4), "act": nn.SiLU()})
+    report = replace_activations(model)
+    assert [r.name for r in report.replaced] == ["act"] and not report.kept
 
 
 def test_kept_by_size():

@@ -687,7 +687,7 @@ def growing(dtype=torch.float32):
         (lambda m: m([1, 2]), TypeError, "input is of type list"),
         (lambda m: m(torch.randn(4, 3, 5).double()), TypeError, "input has dtype torch.float64; it takes the weights'"),
         (lambda m: m(torch.randn(4, 3, 5, device="meta")), ValueError, "input is on meta"),
-        (lambda m: m(torch.randn(0, 3, 5)), ValueError, "x has shape .*one step or more"),
+        (lambda m: m(torch.randn(0, 3, 5)), ValueError, "input has shape .*one step or more"),
         (lambda m: m(growing()), ValueError, "batch_sizes is .*never grow"),
         (
             lambda m: m(torch.randn(4, 3, 5), states(m, 1, 3, 8)),
