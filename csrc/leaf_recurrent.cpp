@@ -274,7 +274,8 @@ Tensor part_by_x(const Layer& l) {
   return pre;
 }
 
-// Sums of so many steps are kept until they are added up.
+// Sums of so many steps are kept until they are added up. Steps are counted down, so that all but the first lot fill
+// every place.
 constexpr int64_t kStepsOfSums = 64;
 
 // No autocast of the products: the operators' tensors have one dtype.
@@ -377,7 +378,6 @@ ElevenTensors leaf_recurrent_backward(Run run, const OptionalTensor& grad_output
     if (sums_wanted && k % kept == 0) {
       const Tensor of_steps = sums.sum(0);
       total = total.defined() ? total.add_(of_steps) : of_steps;
-      sums.zero_();
     }
   }
 
