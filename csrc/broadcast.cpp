@@ -1,8 +1,8 @@
 #include "broadcast.h"
 
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/sum.h>
 
-#include <algorithm>
+#include <numeric>
 
 namespace leaf_cuda {
 namespace {
@@ -13,27 +13,66 @@ int64_t size_along(const at::Tensor& parameter, int64_t d, int64_t dim) {
   return own < 0 ? 1 : parameter.size(own);
 }
 
-// x.sum(dims, keepdim=true) for a contiguous x on the CPU, in memory order and in double. at::sum divides a whole
-// tensor among the threads there are, so that its result depends on their number.
-at::Tensor sum_in_order(const at::Tensor& x, at::IntArrayRef dims) {
-  at::DimVector sizes(x.sizes().begin(), x.sizes().end());
-  for (int64_t d : dims) sizes[d] = 1;
-  const at::Tensor from = x.to(at::kDouble), result = at::zeros(sizes, from.options());
-  const at::Tensor target = result.expand(x.sizes());  // stride 0 along the summed dimensions
-  const double* value = from.const_data_ptr<double>();
-  double* const sum = result.mutable_data_ptr<double>();
-  at::DimVector index(x.dim(), 0);
-  int64_t offset = 0;
-  for (int64_t i = 0; i < x.numel(); ++i) {
-    sum[offset] += value[i];
-    for (int64_t d = x.dim() - 1; d >= 0; --d) {
-      offset += target.stride(d);
-      if (++index[d] < x.size(d)) break;
-      offset -= x.size(d) * target.stride(d);
-      index[d] = 0;
-    }
+// A dimension of an array that is added to another, and the strides of both; of the other's, 0 where it is summed over.
+struct Dimension {
+  int64_t size, from, to;
+};
+using Dimensions = c10::SmallVector<Dimension, 5>;
+
+// Of two arrays of one shape, as few as there are.
+Dimensions dimensions_of(const at::Tensor& from, const at::Tensor& to) {
+  Dimensions result;
+  for (int64_t d = 0; d < from.dim(); ++d) {
+    const Dimension next{from.size(d), from.stride(d), to.stride(d)};
+    if (next.size == 1) continue;
+    Dimension* const last = result.empty() ? nullptr : &result.back();
+    if (last && last->from == next.size * next.from && last->to == next.size * next.to)
+      *last = {last->size * next.size, next.from, next.to};
+    else
+      result.push_back(next);
   }
   return result;
+}
+
+// f(from, to), the offsets of each index of the dimensions, in order.
+template <class F>
+void walk(at::ArrayRef<Dimension> dimensions, int64_t from, int64_t to, const F& f) {
+  if (dimensions.empty()) return f(from, to);
+  const Dimension& d = dimensions[0];
+  for (int64_t i = 0; i < d.size; ++i) walk(dimensions.slice(1), from + i * d.from, to + i * d.to, f);
+}
+
+// to += from, summed over. Every sum is made in double and in memory order, then added once. (at::sum divides a tensor
+// among the threads there are, so that its result depends on their number.)
+template <class T, class A>
+void add_in_order(const T* from, const Dimensions& dimensions, A* to) {
+  constexpr int64_t kLanes = 64;
+  Dimensions kept, summed;
+  for (const Dimension& d : dimensions) (d.to ? kept : summed).push_back(d);
+  // Lines of the last dimension, which is contiguous: side by side where it is kept; else all in the same lanes.
+  const Dimension line = dimensions.empty() ? Dimension{1, 1, 1} : dimensions.back();
+  Dimensions& own = line.to ? kept : summed;
+  if (!dimensions.empty()) own.pop_back();
+  const auto add_lanes = [&](const T* values, int64_t n, double* lanes) {
+    for (int64_t j = 0; j < n; ++j) lanes[j] += values[j];
+  };
+  walk(kept, 0, 0, [&](int64_t from_kept, int64_t to_kept) {
+    double lanes[kLanes] = {};
+    for (int64_t begin = 0; begin < line.size; begin += kLanes) {
+      const int64_t n = std::min(kLanes, line.size - begin);
+      walk(summed, from_kept + begin, 0, [&](int64_t i, int64_t) { add_lanes(from + i, n, lanes); });
+      if (!line.to) continue;
+      for (int64_t j = 0; j < n; ++j) to[to_kept + (begin + j) * line.to] += static_cast<A>(lanes[j]);
+      std::fill_n(lanes, n, 0.0);
+    }
+    if (!line.to) to[to_kept] += static_cast<A>(std::accumulate(lanes, lanes + kLanes, 0.0));
+  });
+}
+
+// f(p), p the tensor's data as double* or float*
+template <class F>
+void dispatch_arithmetic(const at::Tensor& t, F f) {
+  t.scalar_type() == at::kDouble ? f(t.mutable_data_ptr<double>()) : f(t.mutable_data_ptr<float>());
 }
 
 }  // namespace
@@ -53,7 +92,7 @@ Broadcast::Broadcast(const at::Tensor& u, at::ArrayRef<at::Tensor> parameters, b
   const auto first = std::find_if(order.begin(), order.end(), varies);
   const auto last = std::find_if(order.rbegin(), order.rend(), varies).base();
   if (first == order.end()) {
-    plan_.inner = u.numel();
+    plan_ = {1, 1, u.numel()};
     return;
   }
   run_.assign(first, last);
@@ -67,31 +106,43 @@ bool Broadcast::is_flat(const at::Tensor& parameter) const {
   return parameter.numel() == plan_.count && std::is_sorted(run_.begin(), run_.end());
 }
 
-at::Tensor Broadcast::flatten(const at::Tensor& parameter) const {
-  if (parameter.numel() == 1 || (is_flat(parameter) && parameter.is_contiguous())) return parameter;
-  const int64_t dim = static_cast<int64_t>(sizes_.size());
-  at::DimVector run_sizes;
-  for (int64_t d : run_) run_sizes.push_back(sizes_[d]);
-  // The parameter with just the run's dimensions: first in u's order, then in the plan's.
-  at::DimVector ascending(run_.begin(), run_.end());
-  std::sort(ascending.begin(), ascending.end());
-  at::DimVector ascending_sizes, to_run;
-  for (int64_t d : ascending) ascending_sizes.push_back(size_along(parameter, d, dim));
-  for (int64_t d : run_) to_run.push_back(std::find(ascending.begin(), ascending.end(), d) - ascending.begin());
-  return parameter.reshape(ascending_sizes).permute(to_run).expand(run_sizes).contiguous();
+bool Broadcast::lies_flat(const at::Tensor& parameter) const {
+  return parameter.numel() == 1 || (is_flat(parameter) && parameter.is_contiguous());
 }
 
-at::Tensor Broadcast::unflatten(const at::Tensor& flat, const at::Tensor& parameter) const {
-  const int64_t dim = static_cast<int64_t>(sizes_.size());
-  at::DimVector run_sizes, summed, to_ascending;
-  for (int64_t d : run_) run_sizes.push_back(sizes_[d]);
-  for (size_t k = 0; k < run_.size(); ++k)
-    if (size_along(parameter, run_[k], dim) == 1) summed.push_back(static_cast<int64_t>(k));
-  for (size_t k = 0; k < run_.size(); ++k) to_ascending.push_back(static_cast<int64_t>(k));
-  std::sort(to_ascending.begin(), to_ascending.end(), [&](int64_t a, int64_t b) { return run_[a] < run_[b]; });
-  at::Tensor result = flat.view(run_sizes);
-  if (!summed.empty()) result = flat.is_cpu() ? sum_in_order(result, summed) : result.sum(summed, /*keepdim=*/true);
-  return result.permute(to_ascending).reshape(parameter.sizes()).to(parameter.scalar_type()).contiguous();
+at::Tensor Broadcast::part(const at::Tensor& parameter, const Window& window) const {
+  const int64_t added = static_cast<int64_t>(sizes_.size()) - parameter.dim();
+  at::DimVector sizes, strides;
+  int64_t offset = parameter.storage_offset();
+  for (size_t k = 0; k < run_.size(); ++k) {
+    const int64_t d = run_[k] - added;
+    const bool varies = d >= 0 && parameter.size(d) != 1;
+    sizes.push_back(varies ? window.size[k] : 1);
+    strides.push_back(varies ? parameter.stride(d) : 0);
+    if (varies) offset += window.begin[k] * parameter.stride(d);
+  }
+  return parameter.as_strided(sizes, strides, offset);
+}
+
+at::Tensor Broadcast::flatten(const at::Tensor& parameter, const Window& window) const {
+  if (parameter.numel() == 1 || (lies_flat(parameter) && window.count == plan_.count)) return parameter;
+  const at::Tensor values = part(parameter, window);
+  return values.numel() == 1 ? values : values.expand(window.size).contiguous();
+}
+
+void Broadcast::add(const at::Tensor& flat, const Window& window, const at::Tensor& gradient) const {
+  const at::Tensor to = part(gradient, window), from = flat.view(window.size);
+  if (flat.is_cpu()) {
+    const Dimensions dimensions = dimensions_of(from, to.expand(window.size));
+    dispatch_arithmetic(from, [&](const auto* values) {
+      dispatch_arithmetic(to, [&](auto* sums) { add_in_order(values, dimensions, sums); });
+    });
+    return;
+  }
+  at::DimVector summed;
+  for (int64_t d = 0; d < to.dim(); ++d)
+    if (to.size(d) != from.size(d)) summed.push_back(d);
+  to.add_(summed.empty() ? from : from.sum(summed, /*keepdim=*/true, to.scalar_type()));
 }
 
 }  // namespace leaf_cuda

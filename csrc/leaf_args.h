@@ -26,6 +26,7 @@ struct Args {
   void* out[kMaxOutputs];     // null if not needed; one may be an input that lies alike
   void* dp[kMaxSums];         // `count` values of dp_dtype each; null if not needed
   c10::ScalarType dp_dtype;
+  int64_t workspace;  // bytes that partial sums may take
   // For pitched operations: element i of an operand is at i / run · its pitch + i % run; the plan's `inner` is then 1
   // and its `count` a multiple of `run`. With a run of 0 all operands are in memory order, without gaps.
   int64_t run;

@@ -5,6 +5,8 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+
 namespace leaf_cuda {
 namespace {
 
@@ -62,13 +64,9 @@ Pass::Pass(Operation operation, const Tensor& u, at::ArrayRef<OptionalTensor> pa
   args_.plan = broadcast_.plan();
   args_.dtype = u.scalar_type();
   args_.parameters.dtype = parameters[0]->scalar_type();
-  for (size_t q = 0; q < parameters.size(); ++q) {
-    if (q < 4) own_[q] = parameters[q];
-    if (!parameters[q]) continue;
-    flat_[q] = broadcast_.flatten(*parameters[q]);
-    args_.parameters.p[q] = flat_[q].const_data_ptr();
-    args_.parameters.stride[q] = flat_[q].numel() == 1 ? 0 : 1;
-  }
+  args_.workspace = workspace_limit(u.numel(), u.element_size());
+  for (size_t q = 0; q < parameters.size(); ++q)
+    if (parameters[q]) parameters_[q] = *parameters[q];
   args_.in[0] = u.const_data_ptr();
   args_.in_stride[0] = 1;
   if (!by_lines) return;
@@ -94,27 +92,73 @@ void Pass::add_output(const Tensor& t) {
   if (args_.run) args_.out_pitch[k] = *line_pitch(t);
 }
 
+int64_t Pass::window_size(int64_t bytes) {
+  for (const Tensor& p : parameters_)
+    if (p.defined() && !broadcast_.lies_flat(p)) bytes += p.element_size();
+  const int64_t count = args_.plan.count;
+  const int64_t size = args_.run || bytes == 0 ? count : std::clamp<int64_t>(args_.workspace / 2 / bytes, 1, count);
+  args_.workspace -= size * bytes;
+  return size;
+}
+
+void Pass::run_window(Run by, const Broadcast::Window& window, Args args) const {
+  std::array<Tensor, kMaxParameters> flat;
+  for (int q = 0; q < kMaxParameters; ++q) {
+    if (!parameters_[q].defined()) continue;
+    flat[q] = broadcast_.flatten(parameters_[q], window);
+    args.parameters.p[q] = flat[q].const_data_ptr();
+    args.parameters.stride[q] = flat[q].numel() == 1 ? 0 : 1;
+  }
+  args.plan.count = window.count;
+  const int64_t offset = window.first * args.plan.inner * u_.element_size();
+  for (int k = 0; k < kMaxInputs; ++k)
+    if (args.in_stride[k]) args.in[k] = static_cast<const char*>(args.in[k]) + offset;
+  for (void*& out : args.out)
+    if (out) out = static_cast<char*>(out) + offset;
+  by(args, u_);
+}
+
+void Pass::run(Run by) {
+  broadcast_.for_each_window(window_size(0), [&](const auto& window) { run_window(by, window, args_); });
+}
+
 std::array<Tensor, 4> Pass::run_with_sums(Run by, std::array<bool, 4> wanted) {
   // Where every gradient has its parameter's own shape, the loops write it; else it is summed to that shape from
   // `count` values in the arithmetic dtype.
+  int64_t sums = 0;
   bool flat = true;
   for (int q = 0; q < 4; ++q) {
-    wanted[q] = wanted[q] && own_[q];
-    flat = flat && (!wanted[q] || broadcast_.is_flat(*own_[q]));
+    wanted[q] = wanted[q] && parameters_[q].defined();
+    sums += wanted[q];
+    flat = flat && (!wanted[q] || broadcast_.is_flat(parameters_[q]));
   }
-  args_.dp_dtype = flat ? args_.parameters.dtype : at::toOpMathType(args_.dtype);
-  std::array<Tensor, 4> dp;
+  const at::ScalarType arithmetic = at::toOpMathType(args_.dtype);
+  const int64_t limit = args_.workspace, size = window_size(flat ? 0 : sums * c10::elementSize(arithmetic));
+  const bool direct = flat && size == args_.plan.count;
+  args_.dp_dtype = direct ? args_.parameters.dtype : arithmetic;
+  std::array<Tensor, 4> dp, window_dp;
   for (int q = 0; q < 4; ++q) {
     if (!wanted[q]) continue;
-    dp[q] = flat ? at::empty(own_[q]->sizes(), own_[q]->options())
-                 : at::empty({args_.plan.count}, u_.options().dtype(args_.dp_dtype));
-    args_.dp[q] = dp[q].mutable_data_ptr();
+    const Tensor& p = parameters_[q];
+    if (direct) {
+      window_dp[q] = dp[q] = at::empty(p.sizes(), p.options());
+    } else {
+      // Of few parameters each may be in many windows: their sums take a quarter of the limit, in double.
+      const int64_t bytes = sizeof(double) * p.numel();
+      const bool fits = 16 * bytes <= limit;
+      if (fits) args_.workspace -= bytes;
+      dp[q] = at::zeros(p.sizes(), p.options().dtype(fits ? at::kDouble : arithmetic));
+      window_dp[q] = at::empty({size}, p.options().dtype(arithmetic));
+    }
+    args_.dp[q] = window_dp[q].mutable_data_ptr();
   }
-  run(by);
-  if (flat) return dp;
-  flat_ = {};
+  broadcast_.for_each_window(size, [&](const auto& window) {
+    run_window(by, window, args_);
+    for (int q = 0; q < 4; ++q)
+      if (wanted[q] && !direct) broadcast_.add(window_dp[q].narrow(0, 0, window.count), window, dp[q]);
+  });
   for (int q = 0; q < 4; ++q)
-    if (wanted[q]) dp[q] = broadcast_.unflatten(dp[q], *own_[q]);
+    if (wanted[q]) dp[q] = dp[q].to(args_.parameters.dtype);
   return dp;
 }
 

@@ -1,4 +1,7 @@
 // One pass of an operation over u: its plan and arguments, made of tensors of any layout.
+//
+// Where parameters do not lie as the plan takes them, they are copied, and their gradients made in sums of that shape.
+// Both may take half of workspace_limit; so where there are many, the pass runs window by window (Broadcast::Window).
 #pragma once
 
 #include <array>
@@ -32,15 +35,18 @@ class Pass {
   // t has u's layout (by lines: a line_pitch), or is undefined where it is not wanted. It may be u.
   void add_output(const Tensor& t);
 
-  void run(Run by) { by(args_, u_); }
+  void run(Run by);
   // The gradients of the first set's parameters, those that are wanted and there.
   std::array<Tensor, 4> run_with_sums(Run by, std::array<bool, 4> wanted);
 
  private:
+  // How many parameters a window may have, when each takes so many bytes beside its copies.
+  int64_t window_size(int64_t bytes);
+  void run_window(Run by, const Broadcast::Window& window, Args args) const;
+
   const Tensor& u_;
   Broadcast broadcast_;
-  ParameterList own_;
-  std::array<Tensor, kMaxParameters> flat_;
+  std::array<Tensor, kMaxParameters> parameters_;  // undefined where there is none
   std::array<Tensor, kMaxInputs> inputs_;
   Args args_{};
   int next_input_ = 1, next_output_ = 0;

@@ -232,6 +232,7 @@ class StepPass {
 
   void run(Run by, int64_t rows) {
     args_.plan = {rows, hidden_, 1};
+    args_.workspace = workspace_limit(rows * hidden_, like_.element_size());
     if (rows * hidden_ > 0) by(args_, like_);
   }
 

@@ -12,10 +12,6 @@ import leaf_cuda
 #: What the code does not keep yet: (tests, as a regular expression, why). Each must fail: a fix takes its line out.
 KNOWN_VIOLATIONS = [
     (
-        r"test_memory.*test_forward_and_backward\[(cpu|emulated|cuda)-(no_run|mixed_long)",
-        "parameters of a shape that is no run, and sums over a run of unequal ones, are expanded to the run",
-    ),
-    (
         r"test_infinite_gradient_of_the_smallest_numbers",
         "l·s·s̄ underflows to 0 before it meets an infinite g; from left to right the formula is infinite",
     ),

@@ -100,6 +100,14 @@ def test_forward_alone(device):
         assert peak(device, lambda: leaf_cuda.leaf(u, *parameters)) <= size(u) + 4096
 
 
+@pytest.mark.parametrize("dtype", MIB8, ids=str)
+@pytest.mark.parametrize("case", ["no_run", "mixed_long"])
+def test_forward_with_copies_of_parameters(device, case, dtype):
+    u, parameters, _ = make(device, *CASES[case](MIB8[dtype]), dtype)
+    with torch.no_grad():
+        assert_within(peak(device, lambda: leaf_cuda.leaf(u, *parameters)), u, 1)
+
+
 @pytest.mark.parametrize("case", ["layer", "channel", "features"])
 def test_gradient_of_a_sum(device, case):
     """An expanded gradient is read as the one element it is."""

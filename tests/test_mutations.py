@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-KERNELS, PLANNER = "csrc/cuda/leaf_kernels.cuh", "csrc/cuda/launch_plan.h"
+KERNELS, PLANNER, LAUNCH = "csrc/cuda/leaf_kernels.cuh", "csrc/cuda/launch_plan.h", "csrc/cuda/leaf_launch.cuh"
 OPERATIONS = "csrc/leaf_operations.h"
 
 MUTATIONS = {
@@ -28,21 +28,25 @@ MUTATIONS = {
     ),
     "outer and inner swapped": (
         PLANNER,
-        "r{plan.outer, plan.count, plan.inner}",
-        "r{plan.inner, plan.count, plan.outer}",
+        "r{plan.outer, plan.count, plan.inner, plan.pitch}",
+        "r{plan.inner, plan.count, plan.outer, plan.pitch}",
     ),
     "a tile too few": (PLANNER, "c.tiles = ceil_div(width, c.tx)", "c.tiles = width / c.tx"),
     "steps too long": (PLANNER, "r.splits * r.threads / r.vectors;", "r.splits * r.threads / r.vectors + 1;"),
     "workspace too small": (PLANNER, "whole ? 0 : parts * sums * fold * count", "whole ? 0 : parts * 3 * fold * count"),
-    "unaligned rows taken as aligned": (PLANNER, "plan.inner % vector == 0 ?", "plan.inner > 0 ?"),
+    "unaligned rows taken as aligned": (PLANNER, "= plan.inner % vector == 0 &&", "= plan.inner > 0 &&"),
+    "rows with gaps taken as aligned": (PLANNER, " && plan.pitch % vector == 0;", ";"),
+    "columns with gaps taken as aligned": (LAUNCH, " || (whole(a.plan.pitch) && whole(period))", " || whole(period)"),
+    "rows without their gaps": (KERNELS, "row * r.pitch + k * r.inner", "(row * r.count + k) * r.inner"),
+    "columns without their gaps": (KERNELS, "row * c.columns.stride) + within", "row * c.columns.width) + within"),
     "the first line for all": (KERNELS, "row * lines + first_line,", "row * lines,"),
     "one pitch for all inputs": (KERNELS, "place.at(in_pitch[Op::pitched ? k : 0])", "place.at(in_pitch[0])"),
     "no look at the pitches": (PLANNER, "c.line = run ? run : c.columns.width;", "c.line = c.columns.width;"),
-    "vectors across lines": ("csrc/cuda/leaf_launch.cuh", "b.vector = b.vector && whole(a.run);", ""),
+    "vectors across lines": (LAUNCH, "b.vector = b.vector && whole(a.run);", ""),
     "partial sums of four for any number": (KERNELS, "(j / fold * sums + q)", "(j / fold * 4 + q)"),
     "the forget gate by the new state": (OPERATIONS, "gradient<M>(in[1], dc * in[4],", "gradient<M>(in[1], dc * c,"),
     "the reset gate by the state": (OPERATIONS, "out[2] * in[3]", "out[2] * in[4]"),
-    "no look at the pointers' alignment": ("csrc/cuda/leaf_launch.cuh", ") % 16 == 0;", ") % 1 == 0;"),
+    "no look at the pointers' alignment": (LAUNCH, ") % 16 == 0;", ") % 1 == 0;"),
 }
 
 

@@ -208,7 +208,7 @@ struct ColumnBlocks {
     const int64_t r0 = tail ? columns.rows : chunk * rows_per_chunk;
     const int64_t rows = tail ? 1 : std::min(rows_per_chunk, columns.rows - r0);
     const int64_t n = std::min(block, tail ? columns.tail - c0 : run - within);
-    if (n > 0) f(chunk, c0, n, r0 * columns.width + c0, rows);
+    if (n > 0) f(chunk, c0, n, r0 * columns.stride + c0, rows);
   }
 };
 
@@ -266,7 +266,7 @@ void run_segments(const Args& a, const InnerLoops& loops, const Tensor& like) {
     segments.for_each(task, [&](int64_t segment, int64_t row, int64_t i, int64_t n) {
       double p[4 * Op::sets], sums[kSums<Op>] = {};
       segment_parameters<Op::sets>(a.parameters, row % a.plan.count, p);
-      loops.segment(operands_at(a, i, 0), n, p, stream, sums);
+      loops.segment(operands_at(a, a.plan.at(i), 0), n, p, stream, sums);
       std::copy_n(sums, Op::sums, partial + segment * Op::sums);
     });
   });
@@ -303,7 +303,7 @@ void run_columns(const Args& a, const InnerLoops& loops, const Tensor& like) {
     blocks.for_task(task, [&](int64_t chunk, int64_t c0, int64_t n, int64_t i, int64_t rows) {
       const ColumnParameters<T, Op::sets, kColumnBlock<Op>> p(a.parameters, a.plan, fold, c0, n);
       T sums[kSums<Op> * kSumStride<Op>];
-      loops.columns(operands_at(a, i, blocks.columns.width), rows, blocks.columns.width, n, p, stream, sums);
+      loops.columns(operands_at(a, i, blocks.columns.stride), rows, blocks.columns.stride, n, p, stream, sums);
       if (!Op::sums) return;
       const int64_t first = c0 / inner, complete = (n + inner - 1) / inner;
       if (inner > 1)

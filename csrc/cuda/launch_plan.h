@@ -30,15 +30,10 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr int64_t max_grid(int64_t multiprocessors) { return multiprocessors * kBlocksPerMultiprocessor * kMaxWaves; }
 
-// Bytes that partial sums may take: an eighth of u, or 1 MiB.
-constexpr int64_t workspace_limit(const Plan& plan, int64_t element_bytes) {
-  return std::max(plan.numel() * element_bytes / 8, int64_t{1} << 20);
-}
-
 // Rows: a run of `inner` elements has one parameter. A block takes one parameter k and one of `splits` shares of the
 // vectors of k's `outer` rows. Vectors are aligned in memory, so that a row's first and last may be partial.
 struct RowsLaunch {
-  int64_t outer, count, inner;
+  int64_t outer, count, inner, pitch;
   int64_t vectors;  // slots for vectors in a row; the last may be empty
   int64_t splits;
   // A thread goes on by splits·threads slots: so many rows and vectors.
@@ -48,8 +43,9 @@ struct RowsLaunch {
 };
 
 inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t multiprocessors) {
-  RowsLaunch r{plan.outer, plan.count, plan.inner};
-  r.vectors = plan.inner % vector == 0 ? plan.inner / vector : (plan.inner + 2 * vector - 2) / vector;
+  RowsLaunch r{plan.outer, plan.count, plan.inner, plan.pitch};
+  const bool aligned = plan.inner % vector == 0 && plan.pitch % vector == 0;
+  r.vectors = aligned ? plan.inner / vector : (plan.inner + 2 * vector - 2) / vector;
   const int64_t slots = r.outer * r.vectors;
   r.threads = static_cast<int>(std::clamp<int64_t>(round_up(ceil_div(slots, unroll), kWarp), kWarp, kMaxThreads));
   const int64_t to_fill = ceil_div(multiprocessors * kBlocksPerMultiprocessor, r.count);
@@ -76,7 +72,7 @@ struct ColumnsLaunch {
 // `run` is Args::run: 0, or what the width must be a multiple of, and vectors must divide. sums_bytes: of all sums of
 // one parameter index.
 inline ColumnsLaunch plan_columns(const Plan& plan, int64_t run, int vector, int unroll, int64_t multiprocessors,
-                                  int64_t element_bytes, int64_t sums_bytes) {
+                                  int64_t workspace, int64_t sums_bytes) {
   ColumnsLaunch c{run ? columns_of(plan, 1, 1) : columns_of(plan, vector, kMinColumnVectors * vector), plan.count,
                   plan.inner};
   c.line = run ? run : c.columns.width;
@@ -92,7 +88,7 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t run, int vector, int
   const int64_t to_fill = ceil_div(multiprocessors * kBlocksPerMultiprocessor, c.tiles);
   const int64_t with_work = ceil_div(rows, int64_t{c.ty} * unroll);
   const int64_t for_accuracy = ceil_div(rows, c.ty * kMaxSerialSum);
-  const int64_t with_space = workspace_limit(plan, element_bytes) / (sums_bytes * c.slots);
+  const int64_t with_space = workspace / (sums_bytes * c.slots);
   c.splits = std::max(std::min(to_fill, with_work), for_accuracy);
   c.splits = std::clamp<int64_t>(std::min(c.splits, with_space), 1, kMaxGridY);
   return c;
@@ -101,8 +97,8 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t run, int vector, int
 inline bool by_rows(const Plan& plan, int64_t element_bytes) { return plan.inner * element_bytes >= kMinRowBytes; }
 
 // Whether vectors of columns are worth their partial sums: with a fold these need a workspace whatever the splits.
-inline bool columns_fit(const ColumnsLaunch& c, const Plan& plan, int64_t element_bytes, int64_t sums_bytes) {
-  return c.columns.fold == 1 || sums_bytes * c.slots <= workspace_limit(plan, element_bytes);
+inline bool columns_fit(const ColumnsLaunch& c, int64_t workspace, int64_t sums_bytes) {
+  return c.columns.fold == 1 || sums_bytes * c.slots <= workspace;
 }
 
 // Partial sums, [part][q][slot], slot = fold index · count + parameter index. Where there is one part and no fold, they

@@ -247,7 +247,7 @@ struct RowCursor {
   };
   __device__ __forceinline__ Slot slot() const {
     if (!in_range()) return {0, 0, 0};
-    const int64_t begin = (row * r.count + k) * r.inner, end = begin + r.inner;
+    const int64_t begin = row * r.pitch + k * r.inner, end = begin + r.inner;
     const int64_t first = begin / N * N + vector * N;
     return {first, first < begin ? static_cast<int>(begin - first) : 0,
             first + N <= end ? N : (first < end ? static_cast<int>(end - first) : 0)};
@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
     const int64_t lines = Op::pitched ? c.columns.width / c.line : 0, first_line = Op::pitched ? t.column / c.line : 0;
     const int64_t within = Op::pitched ? t.column % c.line : t.column;
     const auto place = [&](int64_t row, int e) -> typename Operands<Op, S>::Place {
-      return {row * lines + first_line, (Op::pitched ? 0 : row * c.columns.width) + within + e};
+      return {row * lines + first_line, (Op::pitched ? 0 : row * c.columns.stride) + within + e};
     };
     for (int64_t row = t.first_row; row < t.whole_rows; row += Unroll * t.step) {
       typename Operands<Op, S>::template Loaded<N> loaded[Unroll];

@@ -53,8 +53,8 @@ LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
   b.vector = true;
   for (int k = 0; k < Op::inputs; ++k) b.vector = b.vector && (a.in_stride[k] == 0 || is_aligned(a.in[k]));
   for (int k = 0; k < Op::outputs; ++k) b.vector = b.vector && is_aligned(a.out[k]);
+  const auto whole = [](int64_t elements) { return elements % kVector<S> == 0; };
   if (a.run) {
-    const auto whole = [](int64_t elements) { return elements % kVector<S> == 0; };
     b.vector = b.vector && whole(a.run);
     for (int k = 0; k < Op::inputs; ++k) b.vector = b.vector && whole(a.in_pitch[k]);
     for (int k = 0; k < Op::outputs; ++k) b.vector = b.vector && whole(a.out_pitch[k]);
@@ -65,11 +65,12 @@ LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
     b.sums = partial_sums(Op::sums, b.rows.splits, 1, a.plan.count);
   } else {
     const auto plan = [&](int vector) {
-      return plan_columns(a.plan, a.run, vector, kUnroll<Op>, multiprocessors, sizeof(S), sums_bytes);
+      return plan_columns(a.plan, a.run, vector, kUnroll<Op>, multiprocessors, a.workspace, sums_bytes);
     };
-    b.vector = b.vector && kColumnVectors<Op>;
+    const int64_t period = a.plan.count * a.plan.inner;
+    b.vector = b.vector && kColumnVectors<Op> && (a.plan.pitch == period || (whole(a.plan.pitch) && whole(period)));
     if (b.vector) b.columns = plan(kVector<S>);
-    if (!b.vector || (Op::sums && !columns_fit(b.columns, a.plan, sizeof(S), sums_bytes))) {
+    if (!b.vector || (Op::sums && !columns_fit(b.columns, a.workspace, sums_bytes))) {
       b.vector = false;
       b.columns = plan(1);
     }
@@ -92,8 +93,8 @@ void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Op::sums, A
   }
   for (int k = 0; k < Op::outputs; ++k) operands.out[k] = static_cast<S*>(a.out[k]);
   if constexpr (Op::pitched) {
-    for (int k = 0; k < Op::inputs; ++k) operands.in_pitch[k] = a.run ? a.in_pitch[k] : b.columns.line;
-    for (int k = 0; k < Op::outputs; ++k) operands.out_pitch[k] = a.run ? a.out_pitch[k] : b.columns.line;
+    for (int k = 0; k < Op::inputs; ++k) operands.in_pitch[k] = a.run ? a.in_pitch[k] : b.columns.columns.stride;
+    for (int k = 0; k < Op::outputs; ++k) operands.out_pitch[k] = a.run ? a.out_pitch[k] : b.columns.columns.stride;
   }
   if constexpr (!Op::by_lines)
     if (b.by_rows) {

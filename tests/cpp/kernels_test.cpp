@@ -75,10 +75,12 @@ struct Case {
 
 std::string name(const Case& c, const char* type, const char* what) {
   char text[200];
-  std::snprintf(text, sizeof(text),
-                "%s %s (%ld, %ld, %ld) offset %ld grad stride %d shared %ld p2p4 %d du %d mp %ld gap %ld lines %ld",
-                what, type, long(c.plan.outer), long(c.plan.count), long(c.plan.inner), long(c.offset), c.grad_stride,
-                long(c.shared_parameter), c.p2_and_p4, c.want_du, long(c.multiprocessors), long(c.gap), long(c.lines));
+  std::snprintf(
+      text, sizeof(text),
+      "%s %s (%ld, %ld, %ld) pitch %ld offset %ld grad stride %d shared %ld p2p4 %d du %d mp %ld gap %ld lines %ld",
+      what, type, long(c.plan.outer), long(c.plan.count), long(c.plan.inner), long(c.plan.pitch), long(c.offset),
+      c.grad_stride, long(c.shared_parameter), c.p2_and_p4, c.want_du, long(c.multiprocessors), long(c.gap),
+      long(c.lines));
   return text;
 }
 
@@ -122,7 +124,9 @@ void run_operation(const Case& c, const char* type, Args args, std::vector<Buffe
                          "lstm forward", "lstm backward", "gru forward",     "gru backward"};
   const std::string what = std::string(names[static_cast<int>(args.operation)]) + " ";
   const auto named = [&](const char* detail) { return name(c, type, (what + detail).c_str()); };
-  const auto at = [&](size_t k, int64_t i) { return args.run ? i / args.run * args.out_pitch[k] + i % args.run : i; };
+  const auto at = [&](size_t k, int64_t i) {
+    return args.run ? i / args.run * args.out_pitch[k] + i % args.run : c.plan.at(i);
+  };
   for (size_t k = 0; k < out.size(); ++k) args.out[k] = out[k].data;
   for (size_t q = 0; q < dp.size(); ++q) args.dp[q] = args.parameters.p[q] ? dp[q].data : nullptr;
   args.dp_dtype = kType<P>;
@@ -134,7 +138,7 @@ void run_operation(const Case& c, const char* type, Args args, std::vector<Buffe
     for (auto& d : dp) d.poison();
     try {
       const LaunchPlan plan = plan_launch(args, c.multiprocessors);
-      check(plan.workspace_bytes <= std::max<int64_t>(c.plan.numel() * sizeof(S) / 8, 1 << 20), named("workspace"));
+      check(plan.workspace_bytes <= args.workspace, named("workspace"));
       Buffer<char> workspace(plan.workspace_bytes);
       launch(args, plan, workspace.data, launcher(schedule));
     } catch (const std::exception& error) {
@@ -174,13 +178,14 @@ void run_operation(const Case& c, const char* type, Args args, std::vector<Buffe
 template <class S, class P>
 void run(const Case& c, const char* type) {
   std::mt19937_64 random(c.plan.numel() * 31 + c.offset);
-  const int64_t n = c.plan.numel(), count = c.plan.count;
-  Buffer<S> u(n, c.offset), grad(c.grad_stride ? n : 1), v(n);
+  const int64_t n = c.plan.numel(), extent = c.plan.at(n - 1) + 1, count = c.plan.count;
+  Buffer<S> u(extent, c.offset), grad(c.grad_stride ? extent : 1), v(extent);
   for (auto* b : {&u, &grad, &v}) b->fill(random);
   std::vector<Buffer<P>> p, dp;
   Args args{};
   args.plan = c.plan;
   args.dtype = kType<S>;
+  args.workspace = workspace_limit(c.plan.numel(), sizeof(S));
   args.parameters.dtype = kType<P>;
   for (int q = 0; q < 8; ++q) {
     p.emplace_back(q == c.shared_parameter ? 1 : count);
@@ -203,7 +208,8 @@ void run(const Case& c, const char* type) {
       const P* const own = static_cast<const P*>(args.parameters.p[q]);
       return own ? static_cast<double>(own[k * args.parameters.stride[q]]) : 0.0;
     };
-    const double x = static_cast<double>(u.data[i]), g = static_cast<double>(grad.data[i * c.grad_stride]);
+    const double x = static_cast<double>(u.data[c.plan.at(i)]);
+    const double g = static_cast<double>(grad.data[c.plan.at(i) * c.grad_stride]);
     const double z = value(2) * x, s = 1 / (1 + std::exp(-z)), t = 1 / (1 + std::exp(z)), l = value(0) * x + value(1);
     const double l_abs = std::abs(value(0) * x) + std::abs(value(1)), condition = 1 + std::abs(z);
     y.add(i, l * s + value(3), l_abs * s * condition + std::abs(value(3)));
@@ -214,7 +220,8 @@ void run(const Case& c, const char* type) {
     for (int q = 0; q < 4; ++q) sums[q].add(k, shares[q], scales[q] * condition);
 
     // The second derivative along (v, v1, ..., v4): y's along it, and g times that by u, p1, p2, p3.
-    const double w = static_cast<double>(v.data[i]), v1 = value(4), v2 = value(5), v3 = value(6), v4 = value(7);
+    const double w = static_cast<double>(v.data[c.plan.at(i)]), v1 = value(4), v2 = value(5), v3 = value(6),
+                 v4 = value(7);
     const double p1 = value(0), p3 = value(2), s1 = s * t, s2 = s * t * (t - s);
     const double dl = p1 * w + v1 * x + v2, dz = p3 * w + v3 * x;
     const double dl_abs = std::abs(p1 * w) + std::abs(v1 * x) + std::abs(v2);
@@ -235,13 +242,13 @@ void run(const Case& c, const char* type) {
     for (int k = 0; k < how_many; ++k) list.emplace_back(length);
   };
   std::vector<Buffer<S>> out;
-  buffers(out, 1, n);
+  buffers(out, 1, extent);
   args.operation = Operation::forward;
   run_operation<S, P>(c, type, args, out, dp, {y}, {}, 4);
   buffers(dp, 4, count);
   args.operation = Operation::backward;
   run_operation<S, P>(c, type, args, out, dp, {du}, sums, 8);
-  buffers(out, 2, n);
+  buffers(out, 2, extent);
   buffers(dp, 3, count);
   args.operation = Operation::double_backward;
   run_operation<S, P>(c, type, args, out, dp, {dgrad, ddu}, double_sums, 8);
@@ -255,6 +262,7 @@ void run_glu(const Case& c, const char* type) {
   Args args{};
   args.plan = c.plan;
   args.dtype = kType<S>;
+  args.workspace = workspace_limit(c.plan.numel(), sizeof(S));
   args.parameters.dtype = kType<P>;
   args.run = c.gap < 0 ? 0 : count / c.lines;
   // Each its own; whole vectors apart where the run and the gap make whole vectors.
@@ -340,6 +348,7 @@ void run_cell(bool lstm, const Case& c, const char* type) {
   Args args{};
   args.plan = c.plan;
   args.dtype = kType<S>;
+  args.workspace = workspace_limit(c.plan.numel(), sizeof(S));
   args.parameters.dtype = kType<P>;
   args.run = count;
   const auto pitch = [&](int k) { return count + c.gap + 16 * k; };
@@ -490,6 +499,17 @@ void small_plans() {
   for (int64_t offset : {1, 3})
     for (const Plan& plan : {Plan{1, 1, 1000}, Plan{3, 5, 67}, Plan{33, 40, 1}, Plan{9, 7, 4}})
       run_types({plan, offset});
+  // With gaps, of whole vectors and not.
+  for (int64_t gap : {1, 8, 16})
+    for (const Plan& plan : {Plan{3, 5, 1}, Plan{5, 32, 1}, Plan{7, 600, 1}, Plan{4, 9, 4}, Plan{3, 5, 64},
+                             Plan{2, 3, 131}, Plan{3, 2, 256}}) {
+      Case c{plan};
+      c.plan.pitch += gap;
+      run_types(c);
+      c.multiprocessors = 132;
+      c.grad_stride = 0;
+      run_types(c);
+    }
   for (const Plan& plan : {Plan{1, 1, 5000}, Plan{7, 3, 196}, Plan{300, 33, 1}, Plan{64, 10, 9}, Plan{2, 700, 1},
                            Plan{1, 70, 40}, Plan{1000, 3, 1}, Plan{1, 600, 1}, Plan{5, 300, 70}, Plan{3, 5000, 1}})
     for (int64_t multiprocessors : {1, 5, 132}) {
@@ -516,7 +536,7 @@ void large_plans() {
     check(r.grid >= 1 && r.grid <= max_grid(132) && r.threads % kWarp == 0, what + " grid");
     check(r.step_rows * r.vectors + r.step_vectors == r.splits * r.threads, what + " step");
     check(r.vectors * N >= plan.inner, what + " vectors");
-    check(4 * 4 * r.splits * r.count <= workspace_limit(plan, 2), what + " workspace");
+    check(4 * 4 * r.splits * r.count <= workspace_limit(plan.numel(), 2), what + " workspace");
     // The last element is in the slots of the last row, and it is the last.
     bool found = false;
     for (int64_t v = std::max<int64_t>(0, r.vectors - 3); v < r.vectors; ++v) {
@@ -529,7 +549,7 @@ void large_plans() {
   }
   for (const Plan& plan : {Plan{big, 3, 1}, Plan{3, big, 1}, Plan{big, 1000, 7}}) {
     constexpr int N = 8;
-    const ColumnsLaunch c = plan_columns(plan, 0, N, 2, 132, 2, 4);
+    const ColumnsLaunch c = plan_columns(plan, 0, N, 2, 132, workspace_limit(plan.numel(), 2), 4);
     const std::string what = "columns " + std::to_string(plan.outer) + " " + std::to_string(plan.count);
     check(c.tiles >= 1 && c.tiles <= kMaxGridX && c.splits >= 1 && c.splits <= kMaxGridY, what + " grid");
     check(c.threads <= kMaxThreads && c.tx * c.ty <= c.threads, what + " threads");

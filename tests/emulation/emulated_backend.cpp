@@ -34,10 +34,12 @@ void poison(void* p, int64_t bytes) {
 
 void run(const Args& a, const Tensor& u) {
   const auto is_input = [&](void* out) { return std::find(a.in, std::end(a.in), out) != std::end(a.in); };
-  const int64_t element = c10::elementSize(a.dtype), n = a.plan.numel(), line = a.run ? a.run : n;
-  for (int k = 0; k < kMaxOutputs; ++k)
-    for (int64_t i = 0; a.out[k] && !is_input(a.out[k]) && i < n; i += line)
-      poison(static_cast<char*>(a.out[k]) + i / line * a.out_pitch[k] * element, line * element);
+  const int64_t element = c10::elementSize(a.dtype), line = a.run ? a.run : a.plan.count * a.plan.inner;
+  for (int k = 0; k < kMaxOutputs; ++k) {
+    const int64_t pitch = a.run ? a.out_pitch[k] : a.plan.pitch;
+    for (int64_t i = 0; a.out[k] && !is_input(a.out[k]) && i < a.plan.numel(); i += line)
+      poison(static_cast<char*>(a.out[k]) + i / line * pitch * element, line * element);
+  }
   for (void* dp : a.dp) poison(dp, a.plan.count * c10::elementSize(a.dp_dtype));
   const cuda::LaunchPlan plan = cuda::plan_launch(a, multiprocessors);
   const Tensor workspace = at::empty({plan.workspace_bytes}, u.options().dtype(at::kByte));
