@@ -9,7 +9,7 @@
 //   M::reciprocal(x)            1/x for x in [1, 2]
 //   M::multiply_add(a, b, c)    a·b + c, for where a compiler might fuse either of two products: the same bits wherever
 //                               the function is inlined
-//   M::select(x, least, a, b)   a where x ≥ least, a constant; else b
+//   M::select(z, a, b)          a where z ≥ 0, else b
 #pragma once
 
 #if defined(__CUDACC__)
@@ -32,15 +32,15 @@ struct Sigmoid {
 };
 
 // Both from e = e^(−|z|) and r = σ(|z|) = 1/(1 + e), which neither overflow nor cancel: 1 − σ(z) in float32 has lost
-// every digit by z = 17. The complement c = σ(−|z|) is e·r; only near 0, where 1 − r is exact, is that better, and an
-// error of r then cancels in the slope. The slope is c − c² and not c·r, which would have r's error twice.
+// every digit by z = 17. The complement c = σ(−|z|) is e·r. The slope is c − c² and not c·r, which would have r's error
+// twice.
 template <class M>
 LEAF_FUNCTION Sigmoid<typename M::T> sigmoid(const typename M::T& z) {
   using T = typename M::T;
   const T e = M::exp_neg_abs(z);
   const T r = M::reciprocal(1 + e);
-  const T complement = M::select(e, 0.5f, 1 - r, e * r);
-  return {M::select(z, 0, r, complement), complement - complement * complement};
+  const T complement = e * r;
+  return {M::select(z, r, complement), complement - complement * complement};
 }
 
 template <class M>

@@ -107,9 +107,11 @@ struct Operands {
   }
 };
 
-// A float sum runs over this many vectors (or rows) at most before it is added to a double: eager PyTorch's sums of a
-// few hundred numbers are as exact.
-constexpr int64_t kFlush = 16;
+// A sum runs over this many vectors (or rows) at most, so many such sums are added up, and these go to a double: as
+// exact as eager PyTorch's sums, which take sixteen and sixteen at every level.
+constexpr int64_t kTerms = 16;
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline void add_lanes(double* to, Simd<double>::V v) { store(to, load(to) + v); }
 inline void add_lanes(double* to, Simd<float>::V v) {
@@ -118,6 +120,22 @@ inline void add_lanes(double* to, Simd<float>::V v) {
   memcpy(halves, &v, sizeof(v));
   for (int h = 0; h < 2; ++h)
     add_lanes(to + h * Simd<double>::lanes, __builtin_convertvector(halves[h], Simd<double>::V));
+}
+
+// Whole vectors of one set of parameters; adds to sum[q].
+template <class O>
+LEAF_FUNCTION void vectors(const O& a, int64_t begin, int64_t end, const Parameters<typename O::V>* p,
+                           typename O::V* sum) {
+  using Op = typename O::Op;
+  using M = typename O::M;
+  typename O::V in[Op::inputs], out[Op::outputs];
+  for (int64_t i = begin; i < end; i += M::lanes) {
+#pragma GCC unroll 8
+    for (int k = 0; k < Op::inputs; ++k) in[k] = a.load(k, i);
+    Op::template apply<M>(in, p, out, sum);
+#pragma GCC unroll 8
+    for (int k = 0; k < Op::outputs; ++k) a.store(k, i, out[k]);
+  }
 }
 
 template <class O>
@@ -130,31 +148,27 @@ void segment(O a, int64_t n, const double* p_, double* sums) {
   for (int set = 0; set < Op::sets; ++set)
     p[set] = {M::broadcast(p_[4 * set]), M::broadcast(p_[4 * set + 1]), M::broadcast(p_[4 * set + 2]),
               M::broadcast(p_[4 * set + 3])};
-  V in[Op::inputs], out[Op::outputs];
   double lanes[kSums<Op>][M::lanes] = {};
-  int64_t i = 0;
-  while (i + M::lanes <= n) {
-    V sum[kSums<Op>] = {};
-    const int64_t left = (n - i) / M::lanes;
-    const int64_t end = i + (Op::sums && left > kFlush ? kFlush : left) * M::lanes;
-    for (; i < end; i += M::lanes) {
-#pragma GCC unroll 8
-      for (int k = 0; k < Op::inputs; ++k) in[k] = a.load(k, i);
-      Op::template apply<M>(in, p, out, sum);
-#pragma GCC unroll 8
-      for (int k = 0; k < Op::outputs; ++k) a.store(k, i, out[k]);
+  const int64_t whole = n / M::lanes * M::lanes;
+  if (!Op::sums) vectors(a, 0, whole, p, nullptr);
+  for (int64_t i = 0; Op::sums && i < whole;) {
+    V total[kSums<Op>] = {};
+    for (const int64_t last = i + least(whole - i, kTerms * kTerms * M::lanes); i < last; i += kTerms * M::lanes) {
+      V sum[kSums<Op>] = {};
+      vectors(a, i, i + least(last - i, kTerms * M::lanes), p, sum);
+      for (int q = 0; q < Op::sums; ++q) total[q] += sum[q];
     }
-    for (int q = 0; q < Op::sums; ++q) add_lanes(lanes[q], sum[q]);
+    for (int q = 0; q < Op::sums; ++q) add_lanes(lanes[q], total[q]);
   }
-  if (i < n) {
-    V sum[kSums<Op>] = {};
+  if (whole < n) {
+    V in[Op::inputs], out[Op::outputs], sum[kSums<Op>] = {};
 #pragma GCC unroll 8
-    for (int k = 0; k < Op::inputs; ++k) in[k] = a.load_n(k, i, n - i);
+    for (int k = 0; k < Op::inputs; ++k) in[k] = a.load_n(k, whole, n - whole);
     Op::template apply<M>(in, p, out, sum);
 #pragma GCC unroll 8
-    for (int k = 0; k < Op::outputs; ++k) a.store_n(k, i, out[k], n - i);
+    for (int k = 0; k < Op::outputs; ++k) a.store_n(k, whole, out[k], n - whole);
     for (int q = 0; q < Op::sums; ++q)
-      for (int k = 0; k < n - i; ++k) lanes[q][k] += sum[q][k];
+      for (int k = 0; k < n - whole; ++k) lanes[q][k] += sum[q][k];
   }
   for (int q = 0; q < Op::sums; ++q)
     for (int k = 0; k < M::lanes; ++k) sums[q] += lanes[q][k];
@@ -187,16 +201,24 @@ struct Block {
 // kTile short ones, each in pages of its own.
 constexpr int kTile = 4;
 
+// Where a tile's sums come from and go to, each array [q·kSumStride<Op> + c]: the first tile of a group starts at 0,
+// the last adds the group's sum to the total.
+template <class T>
+struct TileSums {
+  T *group, *total;
+  bool first, last;
+};
+
 // One vector of columns, or its first n if Partial, in each of a tile's rows; the operands are at the tile's first, the
-// next tile is `ahead` rows away. Adds to a[q·kSumStride<Op> + c].
+// next tile is `ahead` rows away.
 template <int Rows, bool Partial, class O>
 LEAF_FUNCTION void tile_vector(const Block<O>& b, const O& operands, int64_t ahead, int64_t c, int64_t n,
-                               typename O::T* a) {
+                               const TileSums<typename O::T>& sums) {
   using Op = typename O::Op;
   using V = typename O::V;
   Parameters<V> p[Op::sets];
   b.parameters.load_at(c, p);
-  V in[Rows][Op::inputs], out[Op::outputs], sum[kSums<Op>];
+  V in[Rows][Op::inputs], out[Op::outputs], sum[kSums<Op>] = {};
   const auto load_row = [&](int r) {
 #pragma GCC unroll 8
     for (int k = 0; k < Op::inputs; ++k) {
@@ -212,8 +234,9 @@ LEAF_FUNCTION void tile_vector(const Block<O>& b, const O& operands, int64_t ahe
   if (all_rows && !Partial)
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) operands.prefetch(r, c, ahead, b.stride);
+  if (Op::sums && !sums.first)
 #pragma GCC unroll 32
-  for (int q = 0; q < Op::sums; ++q) sum[q] = load(a + q * kSumStride<Op> + c);
+    for (int q = 0; q < Op::sums; ++q) sum[q] = load(sums.group + q * kSumStride<Op> + c);
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
     if (!all_rows) load_row(r);
@@ -228,51 +251,60 @@ LEAF_FUNCTION void tile_vector(const Block<O>& b, const O& operands, int64_t ahe
         operands.store(k, i, out[k]);
     }
   }
+  if (!Op::sums) return;
+  if (sums.last)
 #pragma GCC unroll 32
-  for (int q = 0; q < Op::sums; ++q) store(a + q * kSumStride<Op> + c, sum[q]);
+    for (int q = 0; q < Op::sums; ++q) sum[q] += load(sums.total + q * kSumStride<Op> + c);
+  typename O::T* const to = (sums.last ? sums.total : sums.group) + c;
+#pragma GCC unroll 32
+  for (int q = 0; q < Op::sums; ++q) store(to + q * kSumStride<Op>, sum[q]);
 }
 
 template <int Rows, class O>
-LEAF_FUNCTION void tile(const Block<O>& b, int64_t row, int64_t ahead, typename O::T* a) {
+LEAF_FUNCTION void tile(const Block<O>& b, int64_t row, int64_t ahead, const TileSums<typename O::T>& sums) {
   constexpr int lanes = O::M::lanes;
   const O operands = b.operands.at_row(row, b.stride);
   int64_t c = 0;
-  for (; c + lanes <= b.columns; c += lanes) tile_vector<Rows, false>(b, operands, ahead, c, lanes, a);
-  if (c < b.columns) tile_vector<Rows, true>(b, operands, 0, c, b.columns - c, a);
+  for (; c + lanes <= b.columns; c += lanes) tile_vector<Rows, false>(b, operands, ahead, c, lanes, sums);
+  if (c < b.columns) tile_vector<Rows, true>(b, operands, 0, c, b.columns - c, sums);
 }
 
-// Rows first ... end of the block; adds to a[q·kSumStride<Op> + c]. (Each operation its own function: in one that also
-// holds the doubles' sums, GCC 12 runs out of registers. By value, so that no store may change it.)
+// Rows first ... end of the block; adds to total, by groups. (Each operation its own function: in one that also holds
+// the doubles' sums, GCC 12 runs out of registers. By value, so that no store may change it.)
 template <class O>
-__attribute__((noinline)) void rows(Block<O> b, int64_t first, int64_t end, typename O::T* a) {
-  int64_t r = first;
-  for (; r + kTile <= end; r += kTile) tile<kTile>(b, r, r + 2 * kTile <= b.rows ? kTile : 0, a);
-  for (; r < end; ++r) tile<1>(b, r, 0, a);
+__attribute__((noinline)) void rows(Block<O> b, int64_t first, int64_t end, typename O::T* group,
+                                    typename O::T* total) {
+  for (int64_t r = first; r < end;) {
+    const int64_t begin = r, last = O::Op::sums ? r + least(end - r, kTerms) : end;
+    for (; r + kTile <= last; r += kTile)
+      tile<kTile>(b, r, r + 2 * kTile <= b.rows ? kTile : 0, {group, total, r == begin, r + kTile == last});
+    for (; r < last; ++r) tile<1>(b, r, 0, {group, total, r == begin, r + 1 == last});
+  }
 }
 
 template <class O>
 void columns(const Block<O>& b, typename O::T* sums) {
   using Op = typename O::Op;
-  if (!Op::sums) return rows(b, 0, b.rows, sums);
-  const int64_t columns = b.columns;
-  const auto clear = [&](auto* a) {
+  using T = typename O::T;
+  constexpr int64_t most = Op::sums ? kTerms * kTerms : INT64_MAX;
+  const int64_t padded = (b.columns + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple;
+  const auto for_each_sum = [&](auto f) {
     for (int q = 0; q < Op::sums; ++q)
-      memset(a + q * kSumStride<Op>, 0,
-             (columns + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple * sizeof(*a));
+      for (int64_t c = 0; c < padded; ++c) f(q * kSumStride<Op> + c);
   };
-  clear(sums);
-  if (b.rows <= kFlush) return rows(b, 0, b.rows, sums);
+  T group[kSums<Op> * kSumStride<Op>];
   double total[kSums<Op> * kSumStride<Op>];
-  clear(total);
-  for (int64_t r = 0; r < b.rows; r += kFlush) {
-    clear(sums);
-    rows(b, r, b.rows - r < kFlush ? b.rows : r + kFlush, sums);
-    for (int q = 0; q < Op::sums; ++q)
-      for (int64_t c = 0; c < columns; ++c) total[q * kSumStride<Op> + c] += sums[q * kSumStride<Op> + c];
+  for_each_sum([&](int64_t k) { sums[k] = 0; });
+  if (b.rows <= most) return rows(b, 0, b.rows, group, sums);
+  for_each_sum([&](int64_t k) { total[k] = 0; });
+  for (int64_t r = 0; r < b.rows; r += most) {
+    rows(b, r, r + least(b.rows - r, most), group, sums);
+    for_each_sum([&](int64_t k) {
+      total[k] += sums[k];
+      sums[k] = 0;
+    });
   }
-  for (int q = 0; q < Op::sums; ++q)
-    for (int64_t c = 0; c < columns; ++c)
-      sums[q * kSumStride<Op> + c] = static_cast<typename O::T>(total[q * kSumStride<Op> + c]);
+  for_each_sum([&](int64_t k) { sums[k] = static_cast<T>(total[k]); });
 }
 
 template <class Op, class S>

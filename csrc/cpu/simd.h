@@ -103,10 +103,8 @@ struct Simd : SimdTypes<Scalar, typename ExpConstants<Scalar>::Int> {
     for (int k = 0; k < lanes; ++k) v[k] = x;
     return v;
   }
-  // Against 0 by the sign bit alone, which takes no comparison: −0 counts as below, where a and b are the same.
-  static V select(V x, Scalar least, V a, V b) {
-    return least == 0 ? (bit_cast<I>(x) < 0 ? b : a) : (x >= least ? a : b);
-  }
+  // By the sign bit alone, which takes no comparison: −0 counts as below 0, where a and b are the same.
+  static V select(V z, V a, V b) { return bit_cast<I>(z) < 0 ? b : a; }
   static V reciprocal(V x) { return 1 / x; }
   static V multiply_add(V a, V b, V c) {
 #if LEAF_VECTOR_BYTES >= 32
@@ -116,7 +114,7 @@ struct Simd : SimdTypes<Scalar, typename ExpConstants<Scalar>::Int> {
 #endif
   }
 
-  static V exp_neg_abs(V z) {
+  static LEAF_FUNCTION V exp_neg_abs(V z) {
     const V x = bit_cast<V>(bit_cast<I>(z) | bit_cast<I>(broadcast(Scalar(-0.0))));
     const auto is_zero = x < C::zero_below;
 #if LEAF_VECTOR_BYTES == 64

@@ -26,9 +26,7 @@ struct DoubleMath {
   static __device__ __forceinline__ double exp_neg_abs(double z) { return exp(-fabs(z)); }
   static __device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
   static __device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
-  static __device__ __forceinline__ double select(double x, double least, double a, double b) {
-    return x >= least ? a : b;
-  }
+  static __device__ __forceinline__ double select(double z, double a, double b) { return z >= 0 ? a : b; }
 };
 
 struct FloatMath {
@@ -40,7 +38,7 @@ struct FloatMath {
     const float r = __fdividef(1.0f, x);
     return fmaf(r, fmaf(-x, r, 1.0f), r);
   }
-  static __device__ __forceinline__ float select(float x, float least, float a, float b) { return x >= least ? a : b; }
+  static __device__ __forceinline__ float select(float z, float a, float b) { return z >= 0 ? a : b; }
 };
 
 // For float16 and bfloat16: errors of some 2^-22·(1 + |z|) are far below what these types resolve.
