@@ -14,7 +14,7 @@ using namespace leaf_cuda::cpu;
 
 namespace {
 
-constexpr int64_t kRows = 32, kColumns = 256, kElements = kRows * kColumns;
+constexpr int64_t kRows = 128, kColumns = 64, kElements = kRows * kColumns;
 
 struct Data {
   alignas(64) float in[kMaxInputs][kElements], out[kMaxOutputs][kElements], by_column[kMaxParameters][kColumns];
