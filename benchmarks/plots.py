@@ -40,6 +40,7 @@ def ratios(rows: list[dict], path: Path) -> None:
         of_phase = {name(row): row["over_silu"] for row in fused if row["phase"] == phase}
         axes.barh([i + 0.25 * k for i in range(len(labels))], [of_phase[n] for n in labels], 0.25, label=phase)
     axes.set_yticks([i + 0.25 for i in range(len(labels))], labels)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.axvline(1, color="black")
     axes.set_xlabel("time of fused LEAF / time of nn.SiLU")

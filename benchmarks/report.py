@@ -1,10 +1,12 @@
 """Writes the README's tables: the benchmark's, from benchmarks/results/<device>/table.md (bench_leaf.py --markdown), and
-that of features, from tests/features/*.json (pytest --features tests/features)."""
+that of features, from tests/features/*.json (pytest --features tests/features); and the figures, from full.json and
+sweep.json beside the table (bench_leaf.py --json)."""
 
 import json
 import re
 from pathlib import Path
 
+import plots
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +49,8 @@ def main() -> None:
 
     text = re.sub(pattern, table, readme.read_text(), flags=re.DOTALL)
     readme.write_text(text)
+    for path in [*RESULTS.glob("*/full.json"), *RESULTS.glob("*/sweep.json")]:
+        plots.write(json.loads(path.read_text())["rows"], path.parent)
 
 
 if __name__ == "__main__":
