@@ -28,7 +28,7 @@ struct Args {
   c10::ScalarType dp_dtype;
   int64_t workspace;  // bytes that partial sums may take
   // For pitched operations: element i of an operand is at i / run · its pitch + i % run; the plan's `inner` is then 1
-  // and its `count` a multiple of `run`. With a run of 0 all operands are in memory order, without gaps.
+  // and its `count` a multiple of `run`. With a run of 0 all operands lie as the plan says.
   int64_t run;
   int64_t in_pitch[kMaxInputs], out_pitch[kMaxOutputs];
 };
