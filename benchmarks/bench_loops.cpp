@@ -1,8 +1,10 @@
 // Nanoseconds per element of the CPU's inner loops, on one core, on tensors that stay in the nearest caches: what the
 // loops themselves cost, without memory, threads and PyTorch. Built by CMakeLists.txt as bench_loops.
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -16,8 +18,15 @@ namespace {
 
 constexpr int64_t kRows = 128, kColumns = 64, kElements = kRows * kColumns;
 
+uint16_t to_bfloat16(float x) { return std::bit_cast<uint32_t>(x) >> 16; }
+uint16_t to_float16(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x), exponent = bits >> 23 & 0xff;
+  return exponent <= 112 ? 0 : (bits >> 16 & 0x8000) | (exponent - 112) << 10 | (bits >> 13 & 0x3ff);
+}
+
 struct Data {
-  alignas(64) float in[kMaxInputs][kElements], out[kMaxOutputs][kElements], by_column[kMaxParameters][kColumns];
+  alignas(64) char in[kMaxInputs][kElements * sizeof(float)], out[kMaxOutputs][kElements * sizeof(float)];
+  alignas(64) float by_column[kMaxParameters][kColumns];
   double one_set[kMaxParameters];
   alignas(64) double sums[kMaxSums * kSumStride<Forward>];
   Operands operands{};
@@ -26,8 +35,6 @@ struct Data {
   Data() {
     std::mt19937 random(0);
     std::normal_distribution<float> normal;
-    for (auto& input : in)
-      for (float& x : input) x = normal(random);
     for (int q = 0; q < kMaxParameters; ++q) {
       for (float& x : by_column[q]) x = normal(random);
       one_set[q] = by_column[q][0];
@@ -42,6 +49,18 @@ struct Data {
     std::fill_n(operands.in_row, kMaxInputs, kColumns);
     std::fill_n(operands.out_row, kMaxOutputs, kColumns);
 #endif
+  }
+
+  // Normal numbers, as convert(float) stores them.
+  template <class F>
+  void fill(F convert) {
+    std::mt19937 random(0);
+    std::normal_distribution<float> normal;
+    for (auto& input : in)
+      for (int64_t i = 0; i < kElements; ++i) {
+        const auto x = convert(normal(random));
+        std::memcpy(input + i * sizeof(x), &x, sizeof(x));
+      }
   }
 };
 Data data;
@@ -60,14 +79,21 @@ double nanoseconds(F run) {
   return times[samples / 2];
 }
 
-void print(const char* target, const char* operation, const InnerLoops& loops) {
-  std::printf("%-7s %-16s", target, operation);
-  if (loops.segment)
-    std::printf("one set %.3f   ",
-                nanoseconds([&] { loops.segment(data.operands, kElements, data.one_set, false, data.sums); }));
-  const double columns =
-      nanoseconds([&] { loops.columns(data.operands, kRows, kColumns, kColumns, data.p, false, data.sums); });
-  std::printf("per column %.3f ns per element\n", columns);
+void print(const char* target, const char* dtype, const InnerLoopsByOperation& by_operation,
+           std::initializer_list<Operation> operations) {
+  const char* names[] = {"forward",      "backward",      "double backward", "glu forward", "glu backward",
+                         "lstm forward", "lstm backward", "gru forward",     "gru backward"};
+  static_assert(std::size(names) == kOperations);
+  for (const Operation operation : operations) {
+    const InnerLoops& loops = by_operation[operation];
+    std::printf("%-7s %-8s %-15s  ", target, dtype, names[static_cast<int>(operation)]);
+    if (loops.segment)
+      std::printf("one set %.3f   ",
+                  nanoseconds([&] { loops.segment(data.operands, kElements, data.one_set, false, data.sums); }));
+    const double columns =
+        nanoseconds([&] { loops.columns(data.operands, kRows, kColumns, kColumns, data.p, false, data.sums); });
+    std::printf("per column %.3f ns per element\n", columns);
+  }
 }
 
 }  // namespace
@@ -84,14 +110,15 @@ int main() {
       {"AVX2", CpuCapability::avx2, kLoopsAvx2},
 #endif
       {"DEFAULT", CpuCapability::baseline, kLoopsBaseline}};
+  using enum Operation;
   for (const Target& t : targets) {
     if (cpu_capability() < t.needs) continue;
-    print(t.name, "forward", t.loops.float32[Operation::forward]);
-    print(t.name, "backward", t.loops.float32[Operation::backward]);
-    print(t.name, "double backward", t.loops.float32[Operation::double_backward]);
-    print(t.name, "lstm forward", t.loops.float32[Operation::lstm_forward]);
-    print(t.name, "lstm backward", t.loops.float32[Operation::lstm_backward]);
-    print(t.name, "gru forward", t.loops.float32[Operation::gru_forward]);
-    print(t.name, "gru backward", t.loops.float32[Operation::gru_backward]);
+    data.fill([](float x) { return x; });
+    print(t.name, "float32", t.loops.float32,
+          {forward, backward, double_backward, lstm_forward, lstm_backward, gru_forward, gru_backward});
+    data.fill(to_bfloat16);
+    print(t.name, "bfloat16", t.loops.bfloat16, {forward, backward});
+    data.fill(to_float16);
+    print(t.name, "float16", t.loops.float16, {forward, backward});
   }
 }
