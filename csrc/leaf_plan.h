@@ -13,11 +13,13 @@ namespace leaf_cuda {
 //   per element    (N, C·H·W, 1)
 struct Plan {
   int64_t outer = 1, count = 1, inner = 1;
-  // Elements from one outer index to the next: more than count·inner where the plan is of some of the parameters alone.
-  int64_t pitch = count * inner;
-  constexpr int64_t numel() const { return outer * count * inner; }
+  // Elements from one outer index to the next: more than the period where the plan is of some of the parameters alone.
+  int64_t pitch = period();
+  // Elements until the parameters repeat.
+  constexpr int64_t period() const { return count * inner; }
+  constexpr int64_t numel() const { return outer * period(); }
   // Where the plan's element i lies.
-  constexpr int64_t at(int64_t i) const { return i / (count * inner) * pitch + i % (count * inner); }
+  constexpr int64_t at(int64_t i) const { return pitch == period() ? i : i / period() * pitch + i % period(); }
 };
 
 // Bytes that a pass may take beside its results.
@@ -26,9 +28,9 @@ constexpr int64_t workspace_limit(int64_t numel, int64_t element_bytes) {
 }
 
 // The same elements as a matrix whose columns keep one parameter each, for a short `inner`: row-major, `width` columns,
-// column c takes parameter (c / inner) % count. `fold` rows of count·inner elements side by side make one row of the
-// matrix, so that its width is a multiple of a vector's whatever the count is; the last row may be partial. Rows with
-// gaps between are not folded.
+// column c takes parameter (c / inner) % count. `fold` periods side by side make one row of the matrix, so that its
+// width is a multiple of a vector's whatever the count is; the last row may be partial. Periods with gaps between are
+// not folded.
 struct Columns {
   int64_t fold, width;
   int64_t rows;    // whole rows
@@ -37,7 +39,7 @@ struct Columns {
 };
 
 inline Columns columns_of(const Plan& plan, int64_t multiple, int64_t min_width) {
-  const int64_t period = plan.count * plan.inner;
+  const int64_t period = plan.period();
   if (plan.pitch != period) return {1, period, plan.outer, 0, plan.pitch};
   const int64_t least = multiple / std::gcd(period, multiple);
   const int64_t fold = least * ((min_width + least * period - 1) / (least * period));

@@ -36,7 +36,7 @@ MUTATIONS = {
     "workspace too small": (PLANNER, "whole ? 0 : parts * sums * fold * count", "whole ? 0 : parts * 3 * fold * count"),
     "unaligned rows taken as aligned": (PLANNER, "= plan.inner % vector == 0 &&", "= plan.inner > 0 &&"),
     "rows with gaps taken as aligned": (PLANNER, " && plan.pitch % vector == 0;", ";"),
-    "columns with gaps taken as aligned": (LAUNCH, " || (whole(a.plan.pitch) && whole(period))", " || whole(period)"),
+    "columns with gaps taken as aligned": (LAUNCH, " || (whole(pitch) && whole(period))", " || whole(period)"),
     "rows without their gaps": (KERNELS, "row * r.pitch + k * r.inner", "(row * r.count + k) * r.inner"),
     "columns without their gaps": (KERNELS, "row * c.columns.stride) + within", "row * c.columns.width) + within"),
     "the first line for all": (KERNELS, "row * lines + first_line,", "row * lines,"),

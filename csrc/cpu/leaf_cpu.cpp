@@ -124,21 +124,22 @@ class ColumnParameters {
   }
 
   const void* p_[4 * sets];
-  T buffer_[4 * sets][kBlock];
+  alignas(kVectorBytes) T buffer_[4 * sets][kBlock];
 };
 
 // The operands at element i of a plan whose rows (of a block of columns, say) are `row` elements long.
+template <class Op>
 Operands operands_at(const Args& a, int64_t i, int64_t row) {
   const int64_t bytes = static_cast<int64_t>(c10::elementSize(a.dtype));
   const auto offset = [&](int64_t pitch) { return a.run ? i / a.run * pitch + i % a.run : i; };
   const auto row_pitch = [&](int64_t pitch) { return a.run ? row / a.run * pitch : row; };
-  Operands at{};
-  for (int k = 0; k < kMaxInputs; ++k) {
+  Operands at;
+  for (int k = 0; k < Op::inputs; ++k) {
     at.in[k] = static_cast<const char*>(a.in[k]) + bytes * a.in_stride[k] * offset(a.in_pitch[k]);
     at.in_stride[k] = a.in_stride[k];
     at.in_row[k] = row_pitch(a.in_pitch[k]);
   }
-  for (int k = 0; k < kMaxOutputs; ++k) {
+  for (int k = 0; k < Op::outputs; ++k) {
     at.out[k] = a.out[k] ? static_cast<char*>(a.out[k]) + bytes * offset(a.out_pitch[k]) : nullptr;
     at.out_row[k] = row_pitch(a.out_pitch[k]);
   }
@@ -186,7 +187,7 @@ struct ColumnBlocks {
 
   // Blocks of `most` columns at most, tasks of task_elements at least.
   ColumnBlocks(const Args& a, int64_t most, int64_t task_elements) : inner(a.plan.inner) {
-    const bool fold = a.run == 0 && a.plan.count * inner < kUnfoldedColumns;
+    const bool fold = a.run == 0 && a.plan.period() < kUnfoldedColumns;
     columns = columns_of(a.plan, fold ? kColumnMultiple : 1, fold ? kMinColumns : 1);
     run = a.run ? a.run : columns.width;
     block = std::min(run, most / inner * inner);  // whole parameters
@@ -266,7 +267,7 @@ void run_segments(const Args& a, const InnerLoops& loops, const Tensor& like) {
     segments.for_each(task, [&](int64_t segment, int64_t row, int64_t i, int64_t n) {
       double p[4 * Op::sets], sums[kSums<Op>] = {};
       segment_parameters<Op::sets>(a.parameters, row % a.plan.count, p);
-      loops.segment(operands_at(a, a.plan.at(i), 0), n, p, stream, sums);
+      loops.segment(operands_at<Op>(a, a.plan.at(i), 0), n, p, stream, sums);
       std::copy_n(sums, Op::sums, partial + segment * Op::sums);
     });
   });
@@ -302,8 +303,8 @@ void run_columns(const Args& a, const InnerLoops& loops, const Tensor& like) {
   parallel_tasks<Op>(blocks.tasks(), a.plan.numel(), [&](int64_t task) {
     blocks.for_task(task, [&](int64_t chunk, int64_t c0, int64_t n, int64_t i, int64_t rows) {
       const ColumnParameters<T, Op::sets, kColumnBlock<Op>> p(a.parameters, a.plan, fold, c0, n);
-      T sums[kSums<Op> * kSumStride<Op>];
-      loops.columns(operands_at(a, i, blocks.columns.stride), rows, blocks.columns.stride, n, p, stream, sums);
+      alignas(kVectorBytes) T sums[kSums<Op> * kSumStride<Op>];
+      loops.columns(operands_at<Op>(a, i, blocks.columns.stride), rows, blocks.columns.stride, n, p, stream, sums);
       if (!Op::sums) return;
       const int64_t first = c0 / inner, complete = (n + inner - 1) / inner;
       if (inner > 1)

@@ -9,8 +9,10 @@
 
 namespace leaf_cuda::cpu {
 
+// The widest vector's. Sums and copied parameters are aligned to it, lest their vectors lie across cache lines.
+constexpr int64_t kVectorBytes = 64;
 // Columns come in multiples of the widest vector, so that only a matrix's last row can end inside one.
-constexpr int64_t kColumnMultiple = 16;
+constexpr int64_t kColumnMultiple = kVectorBytes / sizeof(float);
 // A block of an operation's columns is narrow enough that its parameters and sums, so many numbers, stay in the nearest
 // caches.
 constexpr int64_t kColumnNumbers = 24576;

@@ -13,6 +13,7 @@ using leaf_cuda::kSums;
 using leaf_cuda::Parameters;
 using leaf_cuda::cpu::kColumnMultiple;
 using leaf_cuda::cpu::kSumStride;
+using leaf_cuda::cpu::kVectorBytes;
 
 template <class S>
 struct ArithmeticOf {
@@ -113,13 +114,23 @@ constexpr int64_t kTerms = 16;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-inline void add_lanes(double* to, Simd<double>::V v) { store(to, load(to) + v); }
-inline void add_lanes(double* to, Simd<float>::V v) {
+using Doubles = Simd<double>::V;
+inline Doubles in_double(Doubles v) { return v; }
+// The sums of a lane of one half and one of the other.
+inline Doubles in_double(Simd<float>::V v) {
   typedef float Half __attribute__((vector_size(LEAF_VECTOR_BYTES / 2)));
   Half halves[2];
   memcpy(halves, &v, sizeof(v));
-  for (int h = 0; h < 2; ++h)
-    add_lanes(to + h * Simd<double>::lanes, __builtin_convertvector(halves[h], Simd<double>::V));
+  return __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
+}
+inline double sum_of_lanes(Doubles v) {
+  double lanes[Simd<double>::lanes];
+  store(lanes, v);
+#pragma GCC unroll 8
+  for (int half = Simd<double>::lanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+  return lanes[0];
 }
 
 // Whole vectors of one set of parameters; adds to sum[q].
@@ -148,7 +159,7 @@ void segment(O a, int64_t n, const double* p_, double* sums) {
   for (int set = 0; set < Op::sets; ++set)
     p[set] = {M::broadcast(p_[4 * set]), M::broadcast(p_[4 * set + 1]), M::broadcast(p_[4 * set + 2]),
               M::broadcast(p_[4 * set + 3])};
-  double lanes[kSums<Op>][M::lanes] = {};
+  Doubles in_lanes[kSums<Op>] = {};
   const int64_t whole = n / M::lanes * M::lanes;
   if (!Op::sums) vectors(a, 0, whole, p, nullptr);
   for (int64_t i = 0; Op::sums && i < whole;) {
@@ -158,7 +169,7 @@ void segment(O a, int64_t n, const double* p_, double* sums) {
       vectors(a, i, i + least(last - i, kTerms * M::lanes), p, sum);
       for (int q = 0; q < Op::sums; ++q) total[q] += sum[q];
     }
-    for (int q = 0; q < Op::sums; ++q) add_lanes(lanes[q], total[q]);
+    for (int q = 0; q < Op::sums; ++q) in_lanes[q] += in_double(total[q]);
   }
   if (whole < n) {
     V in[Op::inputs], out[Op::outputs], sum[kSums<Op>] = {};
@@ -168,10 +179,9 @@ void segment(O a, int64_t n, const double* p_, double* sums) {
 #pragma GCC unroll 8
     for (int k = 0; k < Op::outputs; ++k) a.store_n(k, whole, out[k], n - whole);
     for (int q = 0; q < Op::sums; ++q)
-      for (int k = 0; k < n - whole; ++k) lanes[q][k] += sum[q][k];
+      for (int k = 0; k < n - whole; ++k) sums[q] += sum[q][k];
   }
-  for (int q = 0; q < Op::sums; ++q)
-    for (int k = 0; k < M::lanes; ++k) sums[q] += lanes[q][k];
+  for (int q = 0; q < Op::sums; ++q) sums[q] += sum_of_lanes(in_lanes[q]);
 }
 
 template <class T, int Sets>
@@ -292,8 +302,8 @@ void columns(const Block<O>& b, typename O::T* sums) {
     for (int q = 0; q < Op::sums; ++q)
       for (int64_t c = 0; c < padded; ++c) f(q * kSumStride<Op> + c);
   };
-  T group[kSums<Op> * kSumStride<Op>];
-  double total[kSums<Op> * kSumStride<Op>];
+  alignas(kVectorBytes) T group[kSums<Op> * kSumStride<Op>];
+  alignas(kVectorBytes) double total[kSums<Op> * kSumStride<Op>];
   for_each_sum([&](int64_t k) { sums[k] = 0; });
   if (b.rows <= most) return rows(b, 0, b.rows, group, sums);
   for_each_sum([&](int64_t k) { total[k] = 0; });

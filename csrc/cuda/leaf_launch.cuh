@@ -67,8 +67,8 @@ LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
     const auto plan = [&](int vector) {
       return plan_columns(a.plan, a.run, vector, kUnroll<Op>, multiprocessors, a.workspace, sums_bytes);
     };
-    const int64_t period = a.plan.count * a.plan.inner;
-    b.vector = b.vector && kColumnVectors<Op> && (a.plan.pitch == period || (whole(a.plan.pitch) && whole(period)));
+    const int64_t period = a.plan.period(), pitch = a.plan.pitch;
+    b.vector = b.vector && kColumnVectors<Op> && (pitch == period || (whole(pitch) && whole(period)));
     if (b.vector) b.columns = plan(kVector<S>);
     if (!b.vector || (Op::sums && !columns_fit(b.columns, a.workspace, sums_bytes))) {
       b.vector = false;

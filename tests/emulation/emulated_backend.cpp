@@ -34,7 +34,7 @@ void poison(void* p, int64_t bytes) {
 
 void run(const Args& a, const Tensor& u) {
   const auto is_input = [&](void* out) { return std::find(a.in, std::end(a.in), out) != std::end(a.in); };
-  const int64_t element = c10::elementSize(a.dtype), line = a.run ? a.run : a.plan.count * a.plan.inner;
+  const int64_t element = c10::elementSize(a.dtype), line = a.run ? a.run : a.plan.period();
   for (int k = 0; k < kMaxOutputs; ++k) {
     const int64_t pitch = a.run ? a.out_pitch[k] : a.plan.pitch;
     for (int64_t i = 0; a.out[k] && !is_input(a.out[k]) && i < a.plan.numel(); i += line)
