@@ -40,9 +40,8 @@ inline void store_n(S* p, V v, int64_t n) {
   memcpy(p, padded, n * sizeof(S));
 }
 
-// To the first-level cache.
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-inline void prefetch_to_write(void* p) { __builtin_prefetch(p, 1, 3); }
+// To the second-level cache: in the first, rows a multiple of 4096 bytes apart share eight or twelve places.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // leaf_loops.h's Operands for an operation and a storage type. `Repeated` has bit k set where in[k] is one element: the
 // pointer is then to a vector of copies of it. With `Streamed` outputs are stored past the caches: each vector of them
@@ -103,7 +102,7 @@ struct Operands {
 #pragma GCC unroll 8
     for (int k = 0; k < Op::outputs; ++k) {
       const int64_t row = out_stride(k, stride);
-      if (wants(k)) prefetch_to_write(out[k] + (r * row + c + ahead * row));
+      if (wants(k)) ::prefetch(out[k] + (r * row + c + ahead * row));
     }
   }
 };
