@@ -87,7 +87,7 @@ class Replaced:
     """One activation that was replaced.
 
     ``name`` is the module's in the model, ``old`` and ``new`` tell both activations, and ``difference`` is the largest
-    between them over [-10, 10], in float64; None where the old one has parameters.
+    between them over [-10, 10], in float64; None where the old one has parameters, or is on the meta device.
     """
 
     name: str
@@ -109,7 +109,8 @@ class Kept:
 class Report:
     """What :func:`replace_activations` did. ``str(report)`` is for reading.
 
-    ``output_difference`` is the largest between the model's outputs before and after, for ``example_inputs``.
+    ``output_difference`` is the largest between the model's outputs before and after, for ``example_inputs``; None where
+    there were none, or no tensors that have values came out.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
@@ -148,7 +149,8 @@ def replace_activations(
     ``deepcopy`` and ``state_dict`` work on it, ``pickle`` refuses it.
 
     Each place gets parameters of its own, also where one parameterless module, ``act = nn.ReLU()``, stands in several.
-    An activation that worked in place does so no more. Make the optimizer, and wrap in DDP or FSDP, afterwards. To load
+    An activation that worked in place does so no more. A call whose input is used again behind it is left alone; of a
+    module, ``nn.ReLU(inplace=True)``, only ``output_difference`` shows that. Make the optimizer, and wrap in DDP or FSDP, afterwards. To load
     a state dict of the result, call this with the same arguments on the model it came from first.
 
     Args:
@@ -189,6 +191,8 @@ def freeze_weights(model: nn.Module) -> list[nn.Parameter]:
 
     Returns those that it froze: ``for p in frozen: p.requires_grad_(True)`` takes it back. Batch normalisation goes on
     with its running statistics in train mode.
+
+    Raises TypeError for a model that is no module, ValueError for one without LEAF and AHAF.
     """
     activations, others = split_activation_parameters(model)
     if not activations:
@@ -229,7 +233,7 @@ def _check(model, defaults: dict, rules: Mapping) -> dict[str | type, dict | Non
         result[key] = options
     for where, options in [("", defaults), *((f" in rules[{k!r}]", {**defaults, **v}) for k, v in result.items() if v)]:
         kind, channel_dim = options["kind"], options["channel_dim"]
-        if not (isinstance(kind, type) and issubclass(kind, LearnableActivation)):
+        if not (isinstance(kind, type) and issubclass(kind, (LEAF, AHAF))):
             raise TypeError(f"kind{where} is {kind!r}; it takes LEAF or AHAF")
         if not isinstance(channel_dim, int) or channel_dim == 0:
             raise ValueError(f"channel_dim{where} is {channel_dim!r}; it takes an integer but 0, the batch")
@@ -262,11 +266,14 @@ class _Conversion:
         self.unmatched = dict.fromkeys(rules)
         self.activations = (*FORM_OF, *_WITHOUT_FORM, AHAF, *(key for key in rules if isinstance(key, type)))
         self.places: list[_Place] = []
+        self.decided: set[str] = set()  # the names of the activations found
 
     def run(self) -> Report:
         before = self._outputs()
         modules = list(self.model.named_modules())
         for name, module in modules:
+            if any(name == a or name.startswith(f"{a}.") for a in self.decided):
+                continue  # what is inside is the activation's own
             self._find_children(name, module)
             self._find_functions(name, module)
             self._find_calls(name, module)
@@ -304,7 +311,7 @@ class _Conversion:
     def _find_functions(self, name: str, module: nn.Module) -> None:
         """Functions in attributes, nn.TransformerEncoderLayer's among them."""
         for attribute, function in list(vars(module).items()):
-            kind = _module_type(function)
+            kind = None if isinstance(function, str) else _module_type(function)
             path = _join(name, attribute)
             if kind is not None and (options := self._decide(path, kind())) is not None:
                 self.undo.callback(setattr, module, attribute, function)
@@ -332,8 +339,8 @@ class _Conversion:
         accepted = {}
         for node, fixed in found[0].items():
             path = _join(name, node.name)
-            if fixed is None:
-                self.report.kept.append(Kept(path, f"{_name(node)}()", "its arguments are computed"))
+            if isinstance(fixed, str):
+                self.report.kept.append(Kept(path, f"{_name(node)}()", fixed))
             elif (options := self._decide(path, fixed)) is not None:
                 accepted[node.name] = (_name(node), fixed, options)
         if not accepted:
@@ -356,6 +363,7 @@ class _Conversion:
         kind = type(fixed)
         if not isinstance(fixed, self.activations):
             return None
+        self.decided.add(path)
         matches = (key for key in self.rules if key is kind or isinstance(key, str) and fnmatchcase(path, key))
         key = next(matches, None)
         self.unmatched.pop(key, None)
@@ -383,8 +391,14 @@ class _Conversion:
         self._set(place, place.old)
         self.places.append(place)
         if isinstance(place.parent, nn.TransformerEncoderLayer):  # whose fast path would not call the activation
-            self.undo.callback(setattr, place.parent, "activation_relu_or_gelu", place.parent.activation_relu_or_gelu)
-            place.parent.activation_relu_or_gelu = 0
+            self._change(place.parent, "activation_relu_or_gelu", 0)
+            for encoder in self.model.modules():
+                if isinstance(encoder, nn.TransformerEncoder) and place.parent in encoder.layers:
+                    self._change(encoder, "use_nested_tensor", False)
+
+    def _change(self, module: nn.Module, attribute: str, value) -> None:
+        self.undo.callback(setattr, module, attribute, getattr(module, attribute))
+        setattr(module, attribute, value)
 
     def _set(self, place: _Place, module: nn.Module) -> None:
         if place.attribute in place.parent._modules:
@@ -507,20 +521,23 @@ def _leaf_of(ahaf: AHAF) -> LEAF:
 def _form_difference(old: nn.Module, new: LearnableActivation) -> float | None:
     if list(old.parameters()):
         return 0.0 if isinstance(old, AHAF) else None
-    half = torch.logspace(-8, 1, 2000, dtype=torch.float64)  # ReLU's form differs most near 1e-5
+    if any(b.is_meta for b in old.buffers()):
+        return None
+    half = torch.logspace(-8, 1, 2000, dtype=torch.float64, device="cpu")  # ReLU's form differs most near 1e-5
     u = torch.cat([-half, half.new_zeros(1), half])
-    form = type(new)(init_as=new.init_as, dtype=torch.float64)
+    form = type(new)(init_as=new.init_as, dtype=torch.float64, device="cpu")
     with torch.no_grad():
-        return (copy.deepcopy(old).eval()(u.clone()) - form(u)).abs().max().item()
+        return (copy.deepcopy(old).cpu().eval()(u.clone()) - form(u)).abs().max().item()
 
 
-def _difference(before: list[Tensor], after: list[Tensor]) -> float:
-    largest = 0.0
+def _difference(before: list[Tensor], after: list[Tensor]) -> float | None:
+    """The largest, NaN if one is; None where there is none to see."""
+    differences = []
     for a, b in zip(before, after, strict=True):
-        same = (a == b) | (a.isnan() & b.isnan())
-        if not same.all():
-            largest = max(largest, (a[~same].double() - b[~same].double()).abs().max().item())
-    return largest
+        if not a.is_meta:
+            same = (a == b) | (a.isnan() & b.isnan())
+            differences.append(torch.where(same, 0, (a.double() - b.double()).abs()).max() if a.numel() else 0)
+    return torch.tensor(differences).max().item() if differences else None
 
 
 @contextlib.contextmanager
@@ -642,12 +659,30 @@ def _trace_once(module: nn.Module, training: bool, absent: frozenset[str] = froz
     if "forward" in vars(module):
         raise RuntimeError("its forward is not its class's")
     containers = (dict, list, set)
+
+    def copied(value):
+        """What the forward may change in place: a container, a tensor that is no parameter."""
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            return value.clone()
+        return copy.copy(value) if isinstance(value, containers) else value
+
     probe = copy.copy(module)
-    vars(probe).update({k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, containers)})
+    for name, value in vars(module).items():
+        own = vars(probe)[name] = copied(value)
+        for k, v in own.items() if isinstance(own, dict) else enumerate(own) if isinstance(own, list) else ():
+            own[k] = copied(v)
     probe.training = training
 
+    def mark(value):
+        return id(value), value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
     def state():
-        held = {k: list(map(id, v)) if isinstance(v, containers) else id(v) for k, v in vars(probe).items()}
+        held = {
+            k: [mark(v), *map(mark, v), *map(mark, v.values() if isinstance(v, dict) else ())]
+            if isinstance(v, containers)
+            else mark(v)
+            for k, v in vars(probe).items()
+        }
         return held, (random.getstate(), torch.get_rng_state().tolist())
 
     attributes, generators = state()
@@ -659,22 +694,34 @@ def _trace_once(module: nn.Module, training: bool, absent: frozenset[str] = froz
     finally:
         random.setstate(generators[0])
     if attributes != attributes_after:
-        raise RuntimeError("it assigns to its attributes, or makes a tensor of its own")
+        raise RuntimeError("it changes its attributes, or makes a tensor of its own")
     if generators != generators_after:
         raise RuntimeError("it draws random numbers")
     return graph
 
 
-def _calls(graph: fx.Graph) -> dict[fx.Node, nn.Module | None]:
-    """The calls of activations and the module equal to each, None where its arguments are not constants."""
+def _input(node: fx.Node) -> fx.Node:
+    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+
+
+def _calls(graph: fx.Graph) -> dict[fx.Node, nn.Module | str]:
+    """The calls of activations and the module equal to each, or why none is."""
     calls = {}
+    order = {node: k for k, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         kind = _module_type(node.target) if node.op in ("call_function", "call_method") else None
-        if kind is not None:
-            kwargs = {k: v for k, v in node.kwargs.items() if k not in ("input", "self")}
-            arguments = node.args[1:] if node.args else ()
-            constant = not any(isinstance(a, fx.Node) for a in (*arguments, *kwargs.values()))
-            calls[node] = kind(*arguments, **kwargs) if constant else None
+        if kind is None:
+            continue
+        kwargs = {k: v for k, v in node.kwargs.items() if k not in ("input", "self")}
+        arguments = node.args[1:] if node.args else ()
+        if any(isinstance(a, fx.Node) for a in (*arguments, *kwargs.values())):
+            calls[node] = "its arguments are computed"
+            continue
+        fixed = kind(*arguments, **kwargs)
+        in_place = getattr(fixed, "inplace", False) or node.target in _IN_PLACE
+        if in_place and (not node.users or any(order[user] > order[node] for user in _input(node).users)):
+            fixed = "it works in place, and what it changes is used again"
+        calls[node] = fixed
     return calls
 
 
@@ -684,9 +731,8 @@ def _with_forward(module: nn.Module, graphs: list[fx.Graph], attributes: dict[st
     for graph in graphs:
         for node in list(graph.nodes):
             if node.name in attributes:
-                u = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
                 with graph.inserting_before(node):
-                    node.replace_all_uses_with(graph.call_module(attributes[node.name], (u,)))
+                    node.replace_all_uses_with(graph.call_module(attributes[node.name], (_input(node),)))
                 graph.erase_node(node)
         forwards.append(type(fx.GraphModule(module, graph)).forward)
     in_training, in_eval = forwards

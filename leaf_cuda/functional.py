@@ -37,8 +37,8 @@ def _warn_fallback(device: str) -> None:
 
 
 def _as_tensors(function: str, u: Tensor, parameters) -> list[Tensor | None]:
-    """The parameters with tensors in the place of numbers, all in the arithmetic dtype: half precision would round the
-    numbers."""
+    """The parameters with tensors in the place of numbers, in the arithmetic dtype, and so those of u's: half precision
+    would round the numbers."""
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     tensors = []
     for name, p in zip(("p1", "p2", "p3", "p4"), parameters, strict=True):
@@ -48,7 +48,7 @@ def _as_tensors(function: str, u: Tensor, parameters) -> list[Tensor | None]:
                 p = torch.full((), float(p), dtype=dtype, device=u.device)
             except OverflowError:
                 raise ValueError(f"{function}: {name} is {p}; it takes a number in the range of {dtype}") from None
-        elif isinstance(p, Tensor) and p.dtype in (torch.float16, torch.bfloat16):
+        elif isinstance(p, Tensor) and p.dtype == u.dtype:
             p = p.to(dtype)
         elif not (isinstance(p, Tensor) or (optional and p is None)):
             takes = "a tensor, a real number or None" if optional else "a tensor or a real number"

@@ -18,6 +18,10 @@ def build_info() -> dict:
 
 def backend_for(tensor: torch.Tensor) -> str:
     """Which kernels :func:`leaf_cuda.leaf` runs for ``tensor``: ``"cuda"``, ``"cpu"``, or ``"composite"`` (the PyTorch
-    formula) where this build has no fused kernel for the tensor's device."""
+    formula) where this build has no fused kernel for the tensor's device.
+
+    Raises TypeError for what is no tensor."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"tensor is of type {type(tensor).__name__}; it takes a torch.Tensor")
     device = tensor.device.type
     return device if device in ("cpu", "cuda") and _ops.has_kernel(device) else "composite"

@@ -6,7 +6,7 @@ Their state dicts have the keys and shapes of the authors' networks.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -23,7 +23,13 @@ def activation(kind: type[nn.Module], granularity: str = "element", **options) -
         kind: LEAF or AHAF, or a fixed activation such as ``nn.SiLU``, which has no granularity.
         granularity: "layer", "channel" or "element"; of a layer of features the last two are the same.
         options: for ``kind``.
+
+    Raises:
+        TypeError: ``kind`` is no class of modules.
+        ValueError: an unknown ``granularity``.
     """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"kind is {kind!r}; it takes a class of modules, such as LEAF or nn.SiLU")
     size_of(granularity, (1,))
     if not issubclass(kind, LearnableActivation):
         return lambda shape: kind(**options)
@@ -43,7 +49,15 @@ class _Network(nn.Module):
         conv: MakeActivation = activation(nn.ReLU),
         fc: MakeActivation = activation(nn.ReLU),
     ):
-        if len(input_shape) != 3 or input_shape[0] < 1 or min(input_shape[1:]) < self._least:
+        for name, make in (("conv", conv), ("fc", fc)):
+            if isinstance(make, nn.Module) or not callable(make):
+                raise TypeError(f"{name} is {make!r}; it takes what makes an activation, such as activation(nn.ReLU)")
+        if (
+            not isinstance(input_shape, Sequence)
+            or len(input_shape) != 3
+            or input_shape[0] < 1
+            or min(input_shape[1:]) < self._least
+        ):
             raise ValueError(
                 f"input_shape is {input_shape}; {type(self).__name__} takes (channels, height, width) from "
                 f"{self._least} by {self._least}"
@@ -71,6 +85,7 @@ class LeNet5(_Network):
 
     Raises:
         ValueError: ``input_shape`` is no such shape, or too small for the network.
+        TypeError: ``conv`` or ``fc`` is no such function.
     """
 
     _least = 16

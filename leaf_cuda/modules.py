@@ -67,6 +67,12 @@ def size_of(granularity: str, shape: tuple[int, ...], channel: int = 0) -> tuple
     return channels if granularity == "channel" else shape
 
 
+def has_parameters_but_leaf(module: nn.Module, state_dict: dict, prefix: str) -> bool:
+    """Whether a state dict has every parameter of the module that is not of a LEAF in it."""
+    of_leaf = {p for child in module.modules() if isinstance(child, LearnableActivation) for p in child.parameters()}
+    return all(prefix + name in state_dict for name, p in module.named_parameters() if p not in of_leaf)
+
+
 class LearnableActivation(nn.Module):
     """What LEAF and AHAF share: sizes, initial forms, and parameters that stay in float32.
 
@@ -194,6 +200,7 @@ class LEAF(LearnableActivation):
 
     Raises:
         ValueError: an unknown ``init_as``, a non-positive ``size``, or a form that ``dtype`` cannot hold.
+        TypeError: ``dtype`` is no floating-point dtype.
     """
 
     def _initial_values(self) -> dict[str, tuple[float, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .functional import leaf_glu
-from .modules import LEAF, arithmetic_dtype
+from .modules import LEAF, arithmetic_dtype, has_parameters_but_leaf
 from .recurrent import CellLEAF, LeafGRU, LeafGRUCell, LeafLSTM, LeafLSTMCell
 
 __all__ = ["CellLEAF", "LeafGLU", "LeafGRU", "LeafGRUCell", "LeafLSTM", "LeafLSTMCell", "LeafMLP"]
@@ -40,6 +40,9 @@ class LeafMLP(nn.Module):
         init_as: LEAF's initial form; "SiLU" is LLaMA's own activation.
         bias: whether the projections have one.
         device, dtype: of the projections' weights. LEAF's parameters are in float32, for float64 in float64.
+
+    Raises:
+        TypeError, ValueError: as :class:`leaf_cuda.LEAF`.
     """
 
     def __init__(
@@ -66,5 +69,6 @@ class LeafMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x), self.up_proj(x)))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        self.act_fn.add_initial_values(state_dict, f"{prefix}act_fn.", state_dict.get(f"{prefix}gate_proj.weight"))
+        if has_parameters_but_leaf(self, state_dict, prefix):
+            self.act_fn.add_initial_values(state_dict, f"{prefix}act_fn.", state_dict.get(f"{prefix}gate_proj.weight"))
         super()._load_from_state_dict(state_dict, prefix, *args)

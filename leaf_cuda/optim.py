@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Callable, Iterator
 
 import torch
@@ -26,7 +27,9 @@ def _activation_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
 
 def split_activation_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(activation parameters, others): those of every LEAF and AHAF in the model, and all the rest. Each is there once,
-    in the model's order, however often it is shared; a list with nothing to hold is empty."""
+    in the model's order, however often it is shared; a list with nothing to hold is empty.
+
+    Raises TypeError for a model that is no module."""
     activations = _activation_parameters(model)
     return list(activations), [p for p in model.parameters() if p not in activations]
 
@@ -44,6 +47,8 @@ def leaf_param_groups(
     p2·p3/4 at u = 0.
 
     ``weights, *activations = leaf_param_groups(...)`` gives the two optimizers of :class:`DoubleStageTuner` theirs.
+
+    Raises TypeError for a model that is no module.
     """
     names = _activation_parameters(model)
     offsets = {p: None for p, name in names.items() if p24_lr is not None and {"p2", "p4"} & set(name.split("."))}
@@ -109,7 +114,7 @@ class DoubleStageTuner:
     for the activation parameters, which take their step, and then, with the new ones, for the weights::
 
         weights, *activations = leaf_param_groups(model, lr=1e-3, p24_lr=1e-6)
-        tuner = DoubleStageTuner(torch.optim.Adam(activations), torch.optim.Adam(weights))
+        tuner = DoubleStageTuner(torch.optim.Adam(activations), torch.optim.Adam([weights]))
         for x, target in batches:
             loss = tuner.step(lambda: criterion(model(x), target))
 
@@ -125,6 +130,7 @@ class DoubleStageTuner:
             one at the activation parameters before their step.
 
     Raises:
+        TypeError: an optimizer is none, or ``clip_grad_norm`` is no number.
         ValueError: a parameter is in both optimizers, or ``clip_grad_norm`` is not positive.
     """
 
@@ -137,6 +143,11 @@ class DoubleStageTuner:
         clip_grad_norm: float | None = None,
         single_pass: bool = False,
     ):
+        for name, optimizer in (("activation_optimizer", activation_optimizer), ("weight_optimizer", weight_optimizer)):
+            if not hasattr(optimizer, "param_groups"):
+                raise TypeError(f"{name} is of type {type(optimizer).__name__}; it takes a torch.optim.Optimizer")
+        if not (clip_grad_norm is None or isinstance(clip_grad_norm, numbers.Real)):
+            raise TypeError(f"clip_grad_norm is {clip_grad_norm!r}; it takes a positive number or None")
         shared = set(_parameters(activation_optimizer)) & set(_parameters(weight_optimizer))
         if shared:
             shapes = ", ".join(str(tuple(p.shape)) for p in shared)
@@ -163,11 +174,13 @@ class DoubleStageTuner:
             The loss of the weights' stage, detached: with the activation parameters that have taken their step.
 
         Raises:
-            TypeError, ValueError: the closure returned something else; under ``DistributedDataParallel``, without the
+            TypeError, ValueError: the closure is no function, or returned something else; under ``DistributedDataParallel``, without the
                 option it takes.
             RuntimeError: the closure ran backward, or its loss depends on none of the parameters. Whatever is raised,
                 the parameters require gradients afterwards as they did before.
         """
+        if not callable(closure):
+            raise TypeError(f"closure is of type {type(closure).__name__}; it takes a function that returns the loss")
         if self.single_pass:
             return self._stage(closure, self.activation_optimizer, self.weight_optimizer)
         for optimizer, other in (

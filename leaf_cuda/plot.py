@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +38,7 @@ def plot_forms(
 
     Raises:
         ImportError: matplotlib is missing.
+        TypeError: ``model`` is no module.
         ValueError: the model has no LEAF or AHAF, or another argument is none of these.
     """
     try:
@@ -56,10 +57,10 @@ def plot_forms(
         raise ValueError("model has no LEAF or AHAF to draw; leaf_cuda.convert.replace_activations puts them in")
     if not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples is {samples!r}; it takes a positive integer")
-    if not bounds[0] < bounds[1]:
+    if not (isinstance(bounds, Sequence) and len(bounds) == 2 and bounds[0] < bounds[1]):
         raise ValueError(f"bounds is {bounds!r}; it takes (low, high) with low < high")
 
-    u = torch.linspace(*bounds, 401, dtype=torch.float64)
+    u = torch.linspace(*bounds, 401, dtype=torch.float64, device="cpu")
     columns = min(_COLUMNS, len(layers))
     rows = -(-len(layers) // columns)
     figure = Figure(figsize=(0.6 + 3 * columns, 0.6 + 2.6 * rows), layout="constrained")
@@ -97,5 +98,5 @@ def _curves(function, parameters: dict[str, Tensor], u: Tensor, samples: int) ->
     names = ("beta", "gamma") if function is ahaf else ("p1", "p2", "p3", "p4")
     values = [parameters[name].detach().to("cpu", torch.float64).flatten() for name in names]
     count = values[0].numel()
-    chosen = torch.linspace(0, count - 1, min(samples, count)).round().long()
+    chosen = torch.linspace(0, count - 1, min(samples, count), device="cpu").round().long()
     return function(u.expand(len(chosen), -1), *(p[chosen, None] for p in values)), count

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _ops, reference
 from .functional import _warn_fallback
-from .modules import FORMS, LearnableActivation, arithmetic_dtype
+from .modules import FORMS, LearnableActivation, arithmetic_dtype, has_parameters_but_leaf
 
 
 class CellLEAF(LearnableActivation):
@@ -74,7 +74,7 @@ class Recurrent(nn.Module):
             leaf.reset_parameters()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name, leaf in self._leaves():
+        for name, leaf in self._leaves() if has_parameters_but_leaf(self, state_dict, prefix) else ():
             # Or what stands for it: pruning and parametrizations have other names.
             of_weight = f"weight_hh{name.removeprefix('leaf')}"
             weights = (t for key, t in state_dict.items() if key.startswith(prefix) and of_weight in key)

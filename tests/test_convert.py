@@ -1,6 +1,7 @@
 """leaf_cuda.convert: which activations are replaced, by what, and that the model stays what it was otherwise."""
 
 import copy
+import math
 import pickle
 import random
 
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from leaf_cuda import AHAF, LEAF
 from leaf_cuda.convert import freeze_weights, replace_activations
 from leaf_cuda.models import LeNet5
-from leaf_cuda.nn import LeafGRUCell, LeafLSTM
+from leaf_cuda.nn import CellLEAF, LeafGRUCell, LeafLSTM
 
 
 def make_forward(body):
@@ -25,6 +26,8 @@ def make_forward(body):
             self.fc1 = nn.Linear(6, 6)
             self.fc2 = nn.Linear(6, 6)
             self.values = []
+            self.table = {"calls": 0, "mean": torch.ones(())}
+            self.register_buffer("steps", torch.zeros(()))
 
         def forward(self, x):
             return body(self, x)
@@ -220,6 +223,37 @@ def appending(self, x):
     return F.relu(x)
 
 
+def counting(self, x):
+    self.steps += 1
+    return F.relu(x)
+
+
+def counting_anew(self, x):
+    self.steps = self.steps + 1
+    return F.relu(x)
+
+
+def counting_in_a_dict(self, x):
+    self.table["calls"] = self.table["calls"] + 1
+    return F.relu(x)
+
+
+def changing_a_tensor(self, x):
+    self.table["mean"].mul_(0.9)
+    return F.relu(x)
+
+
+def in_place(self, x):
+    x = self.fc1(x)
+    x.relu_()
+    return x
+
+
+def in_place_by_function(self, x):
+    x = self.fc1(x)
+    return F.silu(x, inplace=True) + x
+
+
 def own_tensor(self, x):
     return F.relu(x) + torch.rand(6)
 
@@ -283,9 +317,15 @@ def asking_is_tensor(self, x):
         (asking_hasattr, "torch.fx: it asks for the type of an input"),
         (asking_is_tensor, "torch.fx: it asks for the type of an input"),
         (not_constant, "torch.fx: symbolically traced variables cannot be used as inputs to control flow"),
-        (assigning, "torch.fx: it assigns to its attributes"),
-        (appending, "torch.fx: it assigns to its attributes"),
-        (own_tensor, "torch.fx: it assigns to its attributes, or makes a tensor of its own"),
+        (assigning, "torch.fx: it changes its attributes"),
+        (appending, "torch.fx: it changes its attributes"),
+        (counting, "torch.fx: it changes its attributes"),
+        (counting_anew, "torch.fx: it changes its attributes"),
+        (counting_in_a_dict, "torch.fx: it changes its attributes"),
+        (changing_a_tensor, "torch.fx: it changes its attributes"),
+        (own_tensor, "torch.fx: it changes its attributes, or makes a tensor of its own"),
+        (in_place, "it works in place, and what it changes is used again"),
+        (in_place_by_function, "it works in place, and what it changes is used again"),
         (python_random, "torch.fx: it draws random numbers"),
         (torch_random, "torch.fx: it draws random numbers"),
         (other_in_training, "other activations in train than in eval mode"),
@@ -297,11 +337,13 @@ def test_calls_kept(body, reason, grad):
     """A forward that its trace would not repeat stays, and the report says why."""
     model = make_forward(body)
     kind, attributes = type(model), dict(vars(model))
+    table, buffers = copy.deepcopy(model.table), copy.deepcopy(dict(model.named_buffers()))
     with pytest.warns(UserWarning, match="nothing replaced"), torch.set_grad_enabled(grad):
         report = replace_activations(model)
     (kept,) = report.kept
     assert reason in kept.reason and not report.replaced
     assert type(model) is kind and vars(model) == attributes and model.values == []
+    assert model.table == table and dict(model.named_buffers()) == buffers
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -368,6 +410,7 @@ class OwnReLU(nn.ReLU):
         (nn.PReLU, "no form is near it"),
         (lambda: nn.LSTM(6, 6), "inside torch's own recurrent step"),
         (lambda: nn.GRUCell(6, 6), "inside torch's own recurrent step"),
+        (lambda: nn.RNN(6, 6, nonlinearity="relu"), "inside torch's own recurrent step"),
         (hooked, "it has hooks, which would be lost"),
         (OwnReLU, "a class of its own; rules={OwnReLU: form} would name one"),
         (lambda: torch.jit.script(nn.Sequential(nn.ReLU())), "TorchScript cannot be changed"),
@@ -540,6 +583,66 @@ def test_example_inputs():
         assert torch.equal(generator, torch.get_rng_state())
 
 
+class OwnSwish(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("one", torch.ones(()))
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, x):
+        return x * self.sigmoid(self.one * x)
+
+
+@pytest.mark.parametrize("form", [None, "SiLU"])
+def test_inside_of_an_own_activation(form):
+    model = nn.Sequential(nn.Linear(6, 6), OwnSwish(), nn.ReLU())
+    report = replace_activations(model, rules={OwnSwish: form}, example_inputs=X)
+    assert [r.name for r in report.replaced] == (["1", "2"] if form else ["2"])
+    assert isinstance(model[1], LEAF if form else OwnSwish) and report.output_difference < 1e-5
+
+
+def test_encoder_with_a_padding_mask():
+    """Its fast path makes nested tensors, which LEAF does not take."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    inputs = {"src": torch.randn(3, 5, 8), "src_key_padding_mask": torch.zeros(3, 5, dtype=torch.bool)}
+    inputs["src_key_padding_mask"][1, 3:] = True
+    with torch.no_grad():
+        expected = model(**inputs)
+        report = replace_activations(model)
+        result = model(**inputs)
+    assert len(report.replaced) == 2
+    kept = ~inputs["src_key_padding_mask"]
+    torch.testing.assert_close(result[kept], expected[kept])
+    original = nn.TransformerEncoder(layer, 2)
+    with pytest.raises(ValueError, match="example_inputs is None"):
+        replace_activations(original, granularity="element")
+    assert original.use_nested_tensor
+
+
+def test_differences_that_are_no_number():
+    minus_infinity = torch.tensor([[0.0, -float("inf")]])
+    report = replace_activations(nn.Sequential(nn.Sigmoid()), example_inputs=minus_infinity)
+    assert math.isnan(report.output_difference)
+    assert replace_activations(nn.Sequential(nn.ReLU()), example_inputs=torch.empty(0, 3)).output_difference == 0
+
+    class Wrapping(nn.Sequential):
+        def forward(self, x):
+            return object()
+
+    assert replace_activations(Wrapping(nn.ReLU()), example_inputs=X).output_difference is None
+
+
+def test_on_the_meta_device():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), OwnSwish())
+    with torch.device("meta"):
+        report = replace_activations(
+            model.to("meta"), granularity="channel", rules={OwnSwish: "SiLU"}, example_inputs=torch.empty(2, 6)
+        )
+    assert [(r.name, r.difference is None) for r in report.replaced] == [("1", False), ("2", True)]
+    assert report.output_difference is None and model[1].p1.shape == (6,)
+
+
 def test_in_place_activation_is_seen_in_the_output():
     """An input that was changed in place and is used again: the output changes, and the report tells."""
     act = nn.ReLU(inplace=True)
@@ -572,6 +675,7 @@ def test_freeze():
     [
         ({"model": 3}, TypeError, "model is of type int"),
         ({"kind": nn.ReLU}, TypeError, "kind is <class.*; it takes LEAF or AHAF"),
+        ({"kind": CellLEAF}, TypeError, "kind is <class.*; it takes LEAF or AHAF"),
         ({"granularity": "pixel"}, ValueError, "granularity is 'pixel'; it takes one of"),
         ({"channel_dim": 0}, ValueError, "channel_dim is 0; it takes an integer but 0, the batch"),
         ({"example_inputs": [X]}, TypeError, "example_inputs is of type list"),

@@ -53,6 +53,17 @@ CASES = {
         TypeError,
         ["p1", "Double", "u ", "Float"],
     ),
+    "half parameters, a number": (
+        lambda: leaf(u(), p(dtype=torch.bfloat16), None, 1.0, None),
+        TypeError,
+        ["p1", "BFloat16", "u ", "Float"],
+    ),
+    "half parameters of another type, a number": (
+        lambda: leaf(u(torch.bfloat16), p(dtype=torch.bfloat16), 0.0, p(dtype=torch.float16), None),
+        TypeError,
+        ["p3", "Half", "u ", "BFloat16"],
+    ),
+    "number for backend_for": (lambda: leaf_cuda.backend_for(3), TypeError, ["tensor ", "int", "torch.Tensor"]),
     "one float64 parameter": (
         lambda: leaf(u(), p(), None, p(), p(dtype=torch.float64)),
         TypeError,

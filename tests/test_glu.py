@@ -355,6 +355,14 @@ def test_mlp_takes_llamas_weights(device, size):
     assert all(p.grad.abs().max() > 0 for p in mlp.act_fn.parameters())
 
 
+def test_part_of_a_state_dict():
+    """What is not in it stays as it was trained, LEAF's parameters too, and is listed."""
+    mlp = LeafMLP(8, 24)
+    torch.nn.init.constant_(mlp.act_fn.p1, 0.5)
+    missing = mlp.load_state_dict({"gate_proj.weight": torch.zeros(24, 8)}, strict=False).missing_keys
+    assert set(missing) == mlp.state_dict().keys() - {"gate_proj.weight"} and mlp.act_fn.p1 == 0.5
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("assign", [False, True])
 def test_mlp_from_the_meta_device(assign, dtype):

@@ -94,3 +94,10 @@ def test_errors():
         assert kind(least)(torch.randn(1, *least)).shape == (1, 10)
     with pytest.raises(ValueError, match="granularity is 'pixel'; it takes one of 'layer', 'channel', 'element'"):
         activation(LEAF, "pixel")
+    with pytest.raises(TypeError, match="kind is 'SiLU'; it takes a class of modules"):
+        activation("SiLU")
+    with pytest.raises(ValueError, match="input_shape is 28; LeNet5 takes"):
+        LeNet5(28)
+    for wrong in (nn.ReLU(), "relu"):
+        with pytest.raises(TypeError, match="fc is .*; it takes what makes an activation"):
+            KerasNet(fc=wrong)

@@ -326,3 +326,9 @@ def test_constructor_checks():
         DoubleStageTuner(activations, everything)
     with pytest.raises(ValueError, match="clip_grad_norm is 0"):
         DoubleStageTuner(activations, weights, clip_grad_norm=0)
+    with pytest.raises(TypeError, match="clip_grad_norm is '1'; it takes a positive number"):
+        DoubleStageTuner(activations, weights, clip_grad_norm="1")
+    with pytest.raises(TypeError, match="weight_optimizer is of type generator; it takes a torch.optim.Optimizer"):
+        DoubleStageTuner(activations, model.parameters())
+    with pytest.raises(TypeError, match="closure is of type Tensor; it takes a function"):
+        DoubleStageTuner(activations, weights).step(torch.ones(()))

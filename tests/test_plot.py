@@ -57,6 +57,7 @@ def test_errors(monkeypatch):
         ({"reference": "Cubic"}, ValueError, "reference takes a function or a form: init_as is 'Cubic'"),
         ({"samples": 0}, ValueError, "samples is 0"),
         ({"bounds": (1, 1)}, ValueError, r"bounds is \(1, 1\)"),
+        ({"bounds": 3}, ValueError, "bounds is 3; it takes"),
     ):
         with pytest.raises(error, match=message):
             plot_forms(**{"model": LEAF(), **options})

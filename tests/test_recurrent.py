@@ -618,6 +618,18 @@ def test_state_dicts_of_changed_layers(kind):
         learned.reset_parameters()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_part_of_a_state_dict(kind):
+    """What is not in it stays as it was trained, LEAF's parameters too, and is listed."""
+    module = LAYERS[kind][0](5, 7)
+    for p in module.leaf_l0.parameters():
+        nn.init.constant_(p, 0.5)
+    state = {"weight_hh_l0": torch.zeros_like(module.weight_hh_l0)}
+    missing = module.load_state_dict(state, strict=False).missing_keys
+    assert set(missing) == module.state_dict().keys() - {"weight_hh_l0"}
+    assert all((p == 0.5).all() for p in module.leaf_l0.parameters())
+
+
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_from_the_meta_device(kind, assign):
