@@ -150,8 +150,9 @@ def replace_activations(
 
     Each place gets parameters of its own, also where one parameterless module, ``act = nn.ReLU()``, stands in several.
     An activation that worked in place does so no more. A call whose input is used again behind it is left alone; of a
-    module, ``nn.ReLU(inplace=True)``, only ``output_difference`` shows that. Make the optimizer, and wrap in DDP or FSDP, afterwards. To load
-    a state dict of the result, call this with the same arguments on the model it came from first.
+    module, ``nn.ReLU(inplace=True)``, and of an input used again through a view, only ``output_difference`` shows it.
+    Make the optimizer, and wrap in DDP or FSDP, afterwards. To load a state dict of the result, call this with the same
+    arguments on the model it came from first.
 
     Args:
         model: any module, but an activation itself, which has no place to be replaced in.
@@ -266,14 +267,14 @@ class _Conversion:
         self.unmatched = dict.fromkeys(rules)
         self.activations = (*FORM_OF, *_WITHOUT_FORM, AHAF, *(key for key in rules if isinstance(key, type)))
         self.places: list[_Place] = []
-        self.decided: set[str] = set()  # the names of the activations found
+        self.inside: set[nn.Module] = set()  # what is in an activation, which is decided as a whole
 
     def run(self) -> Report:
         before = self._outputs()
         modules = list(self.model.named_modules())
         for name, module in modules:
-            if any(name == a or name.startswith(f"{a}.") for a in self.decided):
-                continue  # what is inside is the activation's own
+            if module in self.inside:
+                continue
             self._find_children(name, module)
             self._find_functions(name, module)
             self._find_calls(name, module)
@@ -292,6 +293,8 @@ class _Conversion:
             if child is None:
                 continue
             path = _join(name, attribute)
+            if isinstance(child, self.activations):
+                self.inside.update(child.modules())
             if isinstance(child, Recurrent):
                 continue
             if isinstance(child, (nn.RNNBase, nn.RNNCellBase)):
@@ -363,7 +366,6 @@ class _Conversion:
         kind = type(fixed)
         if not isinstance(fixed, self.activations):
             return None
-        self.decided.add(path)
         matches = (key for key in self.rules if key is kind or isinstance(key, str) and fnmatchcase(path, key))
         key = next(matches, None)
         self.unmatched.pop(key, None)

@@ -174,8 +174,8 @@ class DoubleStageTuner:
             The loss of the weights' stage, detached: with the activation parameters that have taken their step.
 
         Raises:
-            TypeError, ValueError: the closure is no function, or returned something else; under ``DistributedDataParallel``, without the
-                option it takes.
+            TypeError, ValueError: the closure is no function, or returned something else; under
+                ``DistributedDataParallel``, without the option it takes.
             RuntimeError: the closure ran backward, or its loss depends on none of the parameters. Whatever is raised,
                 the parameters require gradients afterwards as they did before.
         """

@@ -601,6 +601,19 @@ def test_inside_of_an_own_activation(form):
     assert isinstance(model[1], LEAF if form else OwnSwish) and report.output_difference < 1e-5
 
 
+def test_child_with_the_name_of_a_call():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+
+        def forward(self, x):
+            return self.relu(F.relu(x))
+
+    model = Net()
+    assert len(replace_activations(model).replaced) == 2 and isinstance(model.relu[1], LEAF)
+
+
 def test_encoder_with_a_padding_mask():
     """Its fast path makes nested tensors, which LEAF does not take."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
