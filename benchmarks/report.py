@@ -1,6 +1,6 @@
 """Writes the README's tables: the benchmark's, from benchmarks/results/<device>/table.md (bench_leaf.py --markdown), and
 that of features, from tests/features/*.json (pytest --features tests/features); and the figures, from full.json and
-sweep.json beside the table (bench_leaf.py --json)."""
+sweep*.json, one run or more, beside the table (bench_leaf.py --json)."""
 
 import json
 import re
@@ -49,8 +49,9 @@ def main() -> None:
 
     text = re.sub(pattern, table, readme.read_text(), flags=re.DOTALL)
     readme.write_text(text)
-    for path in [*RESULTS.glob("*/full.json"), *RESULTS.glob("*/sweep.json")]:
-        plots.write(json.loads(path.read_text())["rows"], path.parent)
+    for folder in RESULTS.iterdir():
+        paths = [*folder.glob("full.json"), *sorted(folder.glob("sweep*.json"))]
+        plots.write([row for path in paths for row in json.loads(path.read_text())["rows"]], folder)
 
 
 if __name__ == "__main__":
