@@ -40,7 +40,7 @@ inline void store_n(S* p, V v, int64_t n) {
   memcpy(p, padded, n * sizeof(S));
 }
 
-// To the second-level cache: in the first, rows a multiple of 4096 bytes apart share eight or twelve places.
+// To the second-level cache. (To the first it was slower, most where rows are short: docs/performance.md.)
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // leaf_loops.h's Operands for an operation and a storage type. `Repeated` has bit k set where in[k] is one element: the
