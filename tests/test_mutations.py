@@ -34,6 +34,11 @@ MUTATIONS = {
     "a tile too few": (PLANNER, "c.tiles = ceil_div(width, c.tx)", "c.tiles = width / c.tx"),
     "steps too long": (PLANNER, "r.splits * r.threads / r.vectors;", "r.splits * r.threads / r.vectors + 1;"),
     "workspace too small": (PLANNER, "whole ? 0 : parts * sums * fold * count", "whole ? 0 : parts * 3 * fold * count"),
+    "a workspace where there are no sums": (
+        LAUNCH,
+        "int64_t sums_bytes = Op::sums *",
+        "int64_t sums_bytes = kSums<Op> *",
+    ),
     "unaligned rows taken as aligned": (PLANNER, "= plan.inner % vector == 0 &&", "= plan.inner > 0 &&"),
     "rows with gaps taken as aligned": (PLANNER, " && plan.pitch % vector == 0;", ";"),
     "columns with gaps taken as aligned": (LAUNCH, " || (whole(pitch) && whole(period))", " || whole(period)"),

@@ -70,7 +70,7 @@ struct ColumnsLaunch {
 };
 
 // `run` is Args::run: 0, or what the width must be a multiple of, and vectors must divide. sums_bytes: of all sums of
-// one parameter index.
+// one parameter index; 0 where there are none, which take no workspace.
 inline ColumnsLaunch plan_columns(const Plan& plan, int64_t run, int vector, int unroll, int64_t multiprocessors,
                                   int64_t workspace, int64_t sums_bytes) {
   ColumnsLaunch c{run ? columns_of(plan, 1, 1) : columns_of(plan, vector, kMinColumnVectors * vector), plan.count,
@@ -88,7 +88,7 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t run, int vector, int
   const int64_t to_fill = ceil_div(multiprocessors * kBlocksPerMultiprocessor, c.tiles);
   const int64_t with_work = ceil_div(rows, int64_t{c.ty} * unroll);
   const int64_t for_accuracy = ceil_div(rows, c.ty * kMaxSerialSum);
-  const int64_t with_space = workspace / (sums_bytes * c.slots);
+  const int64_t with_space = sums_bytes ? workspace / (sums_bytes * c.slots) : kMaxGridY;
   c.splits = std::max(std::min(to_fill, with_work), for_accuracy);
   c.splits = std::clamp<int64_t>(std::min(c.splits, with_space), 1, kMaxGridY);
   return c;

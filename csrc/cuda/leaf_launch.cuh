@@ -48,7 +48,7 @@ struct LaunchPlan {
 
 template <class Op, class S>
 LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
-  constexpr int64_t sums_bytes = kSums<Op> * sizeof(Arithmetic<S>);
+  constexpr int64_t sums_bytes = Op::sums * sizeof(Arithmetic<S>);
   LaunchPlan b{};
   b.vector = true;
   for (int k = 0; k < Op::inputs; ++k) b.vector = b.vector && (a.in_stride[k] == 0 || is_aligned(a.in[k]));

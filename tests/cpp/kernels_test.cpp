@@ -559,6 +559,20 @@ void large_plans() {
   }
 }
 
+// A pass without sums is divided as the device wants it, whatever the workspace.
+void forward_fills_the_device() {
+  Args a{};
+  a.operation = Operation::forward;
+  a.dtype = c10::ScalarType::BFloat16;
+  a.plan = {64, 65536, 1};
+  a.in_stride[0] = 1;
+  for (int64_t workspace : {int64_t{1}, workspace_limit(a.plan.numel(), 2)}) {
+    a.workspace = workspace;
+    const ColumnsLaunch c = plan_launch(a, 132).columns;
+    check(c.tiles * c.splits == 512, "forward's blocks");  // 32 tiles; 64 rows, four to a thread
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -567,6 +581,7 @@ int main(int argc, char** argv) {
   glu_plans();
   cell_plans();
   large_plans();
+  forward_fills_the_device();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }
