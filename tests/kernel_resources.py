@@ -30,6 +30,7 @@ class Kernel:
     stack: int = 0
     local: int = 0
     opcodes: Counter = field(default_factory=Counter)
+    code: list[tuple[int, str, int | None]] = field(default_factory=list)  # address, opcode, a branch's target
 
     def count(self, pattern: str) -> int:
         return sum(n for opcode, n in self.opcodes.items() if re.match(pattern, opcode))
@@ -46,6 +47,24 @@ class Kernel:
         if self.is_vectorised and not (self.count(r"LDG\.E.*\.128") and self.count(r"STG\.E.*\.128")):
             broken.append("no 128-bit loads or stores")
         return broken
+
+    @property
+    def loop(self) -> int:
+        """Instructions of the innermost loop that loads from global memory and stores to it, vectors where there are;
+        without those of loops inside, over what is left of a row."""
+        load, store = (rf"{kind}\.E.*\.128" if self.is_vectorised else kind for kind in ("LDG", "STG"))
+        loops = {(target, end) for end, _, target in self.code if target is not None and target < end}
+        lengths = []
+        for begin, end in loops:
+            inside = [(b, e) for b, e in loops if begin <= b and e <= end and (b, e) != (begin, end)]
+            body = [
+                opcode
+                for address, opcode, _ in self.code
+                if begin <= address <= end and not any(b <= address <= e for b, e in inside)
+            ]
+            if all(any(re.match(pattern, opcode) for opcode in body) for pattern in (load, store)):
+                lengths.append(len(body))
+        return min(lengths, default=0)
 
     @property
     def is_vectorised(self) -> bool:
@@ -92,8 +111,10 @@ def kernels(binary: str) -> list[Kernel]:
             architecture = match[1]
         elif match := re.match(r"\s*Function : (\S+)", line):
             kernel = by_key.setdefault((architecture, match[1]), Kernel(short_name(match[1]), architecture))
-        elif kernel and (match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)):
-            kernel.opcodes[match[1]] += 1
+        elif kernel and (match := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)):
+            kernel.opcodes[match[2]] += 1
+            target = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", line.split(";")[0])
+            kernel.code.append((int(match[1], 16), match[2], int(target[1], 16) if target else None))
     for line in dump(binary, "--dump-resource-usage").splitlines():
         if match := re.search(r"arch = (sm_\w+)", line) or re.match(r"\s*code for (sm_\w+)", line):
             architecture = match[1]
@@ -116,14 +137,15 @@ def main() -> int:
         print(f"kernel_resources: {binary} holds no CUDA kernels")
         return 1
     print(
-        f"{'kernel':42} {'arch':6} {'regs':>4} {'stack':>5} {'instr':>6} {'LDG128':>6} {'STG128':>6} {'MUFU':>5}  rules"
+        f"{'kernel':42} {'arch':6} {'regs':>4} {'stack':>5} {'instr':>6} {'loop':>5} {'LDG128':>6} {'STG128':>6} "
+        f"{'MUFU':>5}  rules"
     )
     for k in found:
         counts = [sum(k.opcodes.values()), k.count(r"LDG\.E.*\.128"), k.count(r"STG\.E.*\.128"), k.count(r"MUFU")]
         rules = "; ".join(k.broken_rules()) or "kept"
         print(
-            f"{k.name:42} {k.architecture:6} {k.registers:4} {k.stack:5} {counts[0]:6} {counts[1]:6} {counts[2]:6} "
-            f"{counts[3]:5}  {rules}"
+            f"{k.name:42} {k.architecture:6} {k.registers:4} {k.stack:5} {counts[0]:6} {k.loop:5} {counts[1]:6} "
+            f"{counts[2]:6} {counts[3]:5}  {rules}"
         )
     broken = sum(bool(k.broken_rules()) for k in found)
     unread = sum(k.registers == 0 for k in found)
