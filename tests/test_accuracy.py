@@ -160,6 +160,22 @@ def test_long_sums(shape, parameter_shape):
         pool.assert_promise_3(name)
 
 
+@pytest.mark.parametrize(
+    "device",
+    [pytest.param("emulated", marks=pytest.mark.emulated), pytest.param("cuda", marks=pytest.mark.cuda)],
+    indirect=True,
+)
+@pytest.mark.parametrize("by_rows", [True, False], ids=["rows", "columns"])
+def test_longest_sums(request, device, by_rows):
+    """As many terms in a CUDA thread's sum as there can be; where it is emulated, on a device of one multiprocessor."""
+    if request.node.get_closest_marker("emulated"):
+        pytest.importorskip("emulated_backend").configure(multiprocessors=1)
+    length = 1 << (23 if device == "cuda" else 17)
+    shape, parameter_shape = ((1, 8, length), (8, 1)) if by_rows else ((length, 8), (8,))
+    for name, pool in pools_of(device, shape, [parameter_shape] * 4, torch.float32, torch.float32).items():
+        pool.assert_promise_3(name)
+
+
 # ---- float64 ---------------------------------------------------------------------------------------------------------
 
 

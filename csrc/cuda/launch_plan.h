@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <numeric>
 
 #include "../leaf_plan.h"
@@ -14,12 +15,12 @@ constexpr int kMaxThreads = 256;
 constexpr int kWarp = 32;
 constexpr int64_t kMaxGridX = (int64_t{1} << 31) - 1;
 constexpr int64_t kMaxGridY = 65535;
-// Blocks for each multiprocessor: as many as fit at kMaxThreads threads and few registers.
+// Blocks for each multiprocessor where a block costs little: a few times as many as fit.
 constexpr int64_t kBlocksPerMultiprocessor = 8;
 // Beyond so many times that, blocks take several items each.
 constexpr int64_t kMaxWaves = 16;
-// A thread adds up so many elements at most: beyond, a float32 sum would lose to eager PyTorch's.
-constexpr int64_t kMaxSerialSum = 1024;
+// A thread adds so many terms to a sum at most: with more, a float32 sum would lose to eager PyTorch's.
+constexpr int64_t kMaxSerialSum = 64;
 // Rows of at least so many bytes are read by neighbouring threads without much waste; shorter ones count as columns.
 constexpr int64_t kMinRowBytes = 64;
 // Narrower matrices would leave a warp's threads without work.
@@ -38,6 +39,7 @@ struct RowsLaunch {
   int64_t splits;
   // A thread goes on by splits·threads slots: so many rows and vectors.
   int64_t step_rows, step_vectors;
+  int64_t step;  // the elements of step_rows
   int64_t grid;
   int threads;
 };
@@ -50,29 +52,51 @@ inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t mu
   r.threads = static_cast<int>(std::clamp<int64_t>(round_up(ceil_div(slots, unroll), kWarp), kWarp, kMaxThreads));
   const int64_t to_fill = ceil_div(multiprocessors * kBlocksPerMultiprocessor, r.count);
   const int64_t with_work = ceil_div(slots, int64_t{r.threads} * unroll);
-  const int64_t for_accuracy = ceil_div(slots * vector, r.threads * kMaxSerialSum);
+  // A term is the sum of `unroll` vectors.
+  const int64_t for_accuracy = ceil_div(slots, int64_t{r.threads} * unroll * kMaxSerialSum);
   r.splits = std::max(std::min(to_fill, with_work), for_accuracy);
   r.step_rows = r.splits * r.threads / r.vectors;
   r.step_vectors = r.splits * r.threads % r.vectors;
+  r.step = r.step_rows * r.pitch;
   r.grid = std::min(r.count * r.splits, max_grid(multiprocessors));
   return r;
 }
 
 // Columns (leaf_plan.h): a block takes a tile of tx vectors of columns and one of `splits` shares of the rows, ty rows
-// at a time. A tile holds whole parameters, so that it can sum over their `inner` columns.
+// at a time. A tile holds whole parameters, so that it can sum over their `inner` columns; where it holds the whole
+// width, over the periods side by side too.
 struct ColumnsLaunch {
   Columns columns;
   int64_t count, inner;
   int64_t slots;  // parameters in a row of the matrix: fold·count
   int64_t line;   // of pitched operations: elements of an operand's line, which divides the width
   int64_t tiles, splits;
+  int64_t period_parts;  // periods side by side whose sums a block does not add up
+  int results;           // parameters that a block has sums of
+  int tile_folds;        // periods that it adds up
+  int shares;            // threads for each sum, a power of two
   int tx, ty, threads;
+  bool parameter_vectors;  // a vector's parameters lie side by side, aligned
 };
 
-// `run` is Args::run: 0, or what the width must be a multiple of, and vectors must divide. sums_bytes: of all sums of
-// one parameter index; 0 where there are none, which take no workspace.
-inline ColumnsLaunch plan_columns(const Plan& plan, int64_t run, int vector, int unroll, int64_t multiprocessors,
-                                  int64_t workspace, int64_t sums_bytes) {
+// Into how many shares to divide the `steps` of each of `items`, at most `limit`: of those that fill `at_once` blocks
+// one time or a few, the one with the fewest steps in sequence. What a block does before and after its steps counts as
+// kOwnSteps.
+inline int64_t splits_for(int64_t items, int64_t steps, int64_t limit, int64_t at_once) {
+  constexpr int64_t kOwnSteps = 2, kMaxTimes = 4;
+  int64_t best = 1, least = std::numeric_limits<int64_t>::max();
+  for (int64_t times = 1; times <= kMaxTimes; ++times) {
+    const int64_t splits = std::clamp<int64_t>(times * at_once / items, 1, limit);
+    const int64_t in_sequence = ceil_div(items * splits, at_once) * (ceil_div(steps, splits) + kOwnSteps);
+    if (in_sequence < least) best = splits, least = in_sequence;
+  }
+  return best;
+}
+
+// `run` is Args::run: 0, or what the width must be a multiple of, and vectors must divide. at_once: blocks that the
+// device holds. sums: of each parameter, of sum_bytes each; where there are none they take no workspace.
+inline ColumnsLaunch plan_columns(const Plan& plan, int64_t run, int vector, int unroll, int64_t at_once,
+                                  int64_t workspace, int sums, int64_t sum_bytes) {
   ColumnsLaunch c{run ? columns_of(plan, 1, 1) : columns_of(plan, vector, kMinColumnVectors * vector), plan.count,
                   plan.inner};
   c.line = run ? run : c.columns.width;
@@ -80,42 +104,45 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t run, int vector, int
   c.slots = c.columns.fold * plan.count;
   const int64_t width = c.columns.width / vector;
   const int64_t unit = std::lcm(plan.inner, int64_t{vector}) / vector;
-  const int64_t tiles = ceil_div(width, kMaxThreads / unit * unit);
+  // As many rows to a block as leave a warp's width: their sums meet in shared memory, those of splits in the
+  // workspace.
+  const int64_t at_a_time = std::clamp<int64_t>(ceil_div(rows, unroll), 1, kMaxThreads / kWarp);
+  const int64_t tiles = std::max(ceil_div(width, kMaxThreads / unit * unit), width * at_a_time / kMaxThreads);
   c.tx = static_cast<int>(round_up(ceil_div(width, tiles), unit));
   c.tiles = ceil_div(width, c.tx);
   c.ty = static_cast<int>(std::clamp<int64_t>(ceil_div(rows, unroll), 1, kMaxThreads / c.tx));
   c.threads = static_cast<int>(round_up(int64_t{c.tx} * c.ty, kWarp));
-  const int64_t to_fill = ceil_div(multiprocessors * kBlocksPerMultiprocessor, c.tiles);
-  const int64_t with_work = ceil_div(rows, int64_t{c.ty} * unroll);
+  c.tile_folds = c.tiles == 1 ? static_cast<int>(c.columns.fold) : 1;
+  c.period_parts = c.columns.fold / c.tile_folds;
+  c.results = static_cast<int>(c.tx * vector / plan.inner / c.tile_folds);
+  c.shares = 1;
+  while (c.shares < kWarp && 2 * c.shares * c.results * sums <= c.threads) c.shares *= 2;
+  const int64_t steps = ceil_div(rows, int64_t{c.ty} * unroll);
   const int64_t for_accuracy = ceil_div(rows, c.ty * kMaxSerialSum);
-  const int64_t with_space = sums_bytes ? workspace / (sums_bytes * c.slots) : kMaxGridY;
-  c.splits = std::max(std::min(to_fill, with_work), for_accuracy);
-  c.splits = std::clamp<int64_t>(std::min(c.splits, with_space), 1, kMaxGridY);
+  int64_t most = kMaxGridY;
+  if (sums) most = std::clamp<int64_t>(workspace / (sums * sum_bytes * c.period_parts * c.count), 1, kMaxGridY);
+  c.splits = splits_for(c.tiles, steps, std::min(steps, most), at_once);
+  c.splits = std::min(std::max(c.splits, for_accuracy), most);
   return c;
 }
 
 inline bool by_rows(const Plan& plan, int64_t element_bytes) { return plan.inner * element_bytes >= kMinRowBytes; }
 
-// Whether vectors of columns are worth their partial sums: with a fold these need a workspace whatever the splits.
-inline bool columns_fit(const ColumnsLaunch& c, int64_t workspace, int64_t sums_bytes) {
-  return c.columns.fold == 1 || sums_bytes * c.slots <= workspace;
-}
-
-// Partial sums, [part][q][slot], slot = fold index · count + parameter index. Where there is one part and no fold, they
-// are whole: the gradients themselves, without a workspace.
+// Partial sums, [q][part][parameter]. Where there is one part they are whole: the gradients themselves, without a
+// workspace.
 struct PartialSums {
-  int64_t sums, parts, fold, count;
+  int64_t sums, parts, count;
   bool whole;
   int64_t values;  // in the workspace
 };
 
-inline PartialSums partial_sums(int64_t sums, int64_t parts, int64_t fold, int64_t count) {
-  const bool whole = sums == 0 || (parts == 1 && fold == 1);
-  return {sums, parts, fold, count, whole, whole ? 0 : parts * sums * fold * count};
+inline PartialSums partial_sums(int64_t sums, int64_t parts, int64_t count) {
+  const bool whole = sums == 0 || parts == 1;
+  return {sums, parts, count, whole, whole ? 0 : parts * sums * count};
 }
 
-// The finishing kernel, for each of the sums: kx parameters by ky shares of their partial sums in a block; ky is a
-// power of two.
+// The finishing kernel, for each of the sums: kx parameters by ky shares of their partial sums in a block; both are
+// powers of two.
 struct FinishLaunch {
   PartialSums sums;
   int64_t grid;  // by as many as there are sums
@@ -123,8 +150,11 @@ struct FinishLaunch {
 };
 
 inline FinishLaunch plan_finish(const PartialSums& sums, int64_t multiprocessors) {
-  int kx = 1;
-  while (kx < kWarp && kx < sums.count) kx *= 2;
+  // A thread for each part, but of eight parameters or more, whose 32 bytes move at once.
+  constexpr int kMinParameters = 8;
+  int kx = kMaxThreads;
+  while (kx > kMinParameters && kMaxThreads / kx < sums.parts) kx /= 2;
+  while (kx > 1 && kx / 2 >= sums.count) kx /= 2;
   return {sums, std::min(ceil_div(sums.count, kx), max_grid(multiprocessors)), kx, kMaxThreads / kx};
 }
 

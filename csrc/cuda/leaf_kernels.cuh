@@ -21,6 +21,27 @@ namespace cuda {
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 
+// 1/x for x in [1, 2], within 1 ulp; 2^x for x that gives no subnormal, within 2 ulps. One instruction each: what CUDA
+// has by name, __fdividef and exp2f, provides for all x by three or four.
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1 / x;
+#endif
+}
+__device__ __forceinline__ float approximate_exp2(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
 struct DoubleMath {
   using T = double;
   static __device__ __forceinline__ double exp_neg_abs(double z) { return exp(-fabs(z)); }
@@ -33,18 +54,22 @@ struct FloatMath {
   using T = float;
   static __device__ __forceinline__ float exp_neg_abs(float z) { return expf(-fabsf(z)); }
   static __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-  // The approximate reciprocal and a Newton step: within 1 ulp, without the full division's slow path.
+  // With a Newton step: without the full division's slow path.
   static __device__ __forceinline__ float reciprocal(float x) {
-    const float r = __fdividef(1.0f, x);
+    const float r = approximate_reciprocal(x);
     return fmaf(r, fmaf(-x, r, 1.0f), r);
   }
   static __device__ __forceinline__ float select(float z, float a, float b) { return z >= 0 ? a : b; }
 };
 
-// For float16 and bfloat16: errors of some 2^-22·(1 + |z|) are far below what these types resolve.
+// For float16 and bfloat16: errors of some 2^-21·(1 + |z|) are far below what these types resolve.
 struct ApproximateMath : FloatMath {
-  static __device__ __forceinline__ float exp_neg_abs(float z) { return __expf(-fabsf(z)); }
-  static __device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.0f, x); }
+  // As a square, whose root is no subnormal where e^(−|z|) is none or one.
+  static __device__ __forceinline__ float exp_neg_abs(float z) {
+    const float root = approximate_exp2(-0.5f * 1.44269504f * fabsf(z));
+    return root * root;
+  }
+  static __device__ __forceinline__ float reciprocal(float x) { return approximate_reciprocal(x); }
 };
 
 template <class S>
@@ -66,75 +91,83 @@ using Arithmetic = typename Math<S>::T;
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
-// N elements that move together; 16 bytes of them move in one instruction.
+// N elements, and the word that they move as: 16 bytes in one instruction, or one element.
 template <class S, int N>
 struct Vector {
   S at[N];
 };
+template <class S, int N>
+using Word = std::conditional_t<N == 1, S, uint4>;
 
 template <class S, int N>
-__device__ __forceinline__ Vector<S, N> load_vector(const S* p) {
+__device__ __forceinline__ Word<S, N> load_word(const S* p) {
+  static_assert(sizeof(Word<S, N>) == N * sizeof(S));
+  return *reinterpret_cast<const Word<S, N>*>(p);
+}
+
+template <class S, int N>
+__device__ __forceinline__ Vector<S, N> elements(const Word<S, N>& word) {
   Vector<S, N> v;
-  if constexpr (sizeof(v) == 16) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(p);
-    memcpy(&v, &raw, sizeof(v));
-  } else {
-    static_assert(N == 1);
-    v.at[0] = *p;
-  }
+  memcpy(&v, &word, sizeof(v));
   return v;
 }
 
 template <class S, int N>
 __device__ __forceinline__ void store_vector(S* p, const Vector<S, N>& v) {
-  if constexpr (sizeof(v) == 16) {
-    uint4 raw;
-    memcpy(&raw, &v, sizeof(v));
-    *reinterpret_cast<uint4*>(p) = raw;
-  } else {
-    static_assert(N == 1);
-    *p = v.at[0];
-  }
+  Word<S, N> word;
+  static_assert(sizeof(v) == sizeof(word));
+  memcpy(&word, &v, sizeof(v));
+  *reinterpret_cast<Word<S, N>*>(p) = word;
 }
 
-template <class A>
-__device__ __forceinline__ A load_as(const void* p, c10::ScalarType type, int64_t i) {
-  switch (type) {
-    case c10::ScalarType::Double:
-      return static_cast<A>(static_cast<const double*>(p)[i]);
-    case c10::ScalarType::Float:
-      return static_cast<A>(static_cast<const float*>(p)[i]);
-    case c10::ScalarType::BFloat16:
-      return static_cast<A>(static_cast<float>(static_cast<const c10::BFloat16*>(p)[i]));
-    default:
-      return static_cast<A>(static_cast<float>(static_cast<const c10::Half*>(p)[i]));
-  }
+// f(a zero of the type of parameters or of their gradients): of the storage type or of the arithmetic type.
+template <class S, class F>
+__device__ __forceinline__ void with_type(c10::ScalarType type, const F& f) {
+  if (std::is_same_v<S, Arithmetic<S>> || type == c10::CppTypeToScalarType<S>::value)
+    f(S());
+  else
+    f(Arithmetic<S>());
 }
 
-template <class A>
-__device__ __forceinline__ void store_as(void* p, c10::ScalarType type, int64_t i, A value) {
-  switch (type) {
-    case c10::ScalarType::Double:
-      static_cast<double*>(p)[i] = static_cast<double>(value);
-      break;
-    case c10::ScalarType::Float:
-      static_cast<float*>(p)[i] = static_cast<float>(value);
-      break;
-    case c10::ScalarType::BFloat16:
-      static_cast<c10::BFloat16*>(p)[i] = static_cast<c10::BFloat16>(static_cast<float>(value));
-      break;
-    default:
-      static_cast<c10::Half*>(p)[i] = static_cast<c10::Half>(static_cast<float>(value));
-  }
-}
+// Parameter q, of type P, at the indices k, ..., k + N − 1: all are loaded before one is used.
+template <class P, int N>
+struct LoadedParameter {
+  static constexpr int per_word = N == 1 ? 1 : 16 / sizeof(P);
+  static_assert(N % per_word == 0);
+  Word<P, per_word> words[N / per_word];
+  P one;  // where all are one
 
-// An operation's sets of parameters at index k.
-template <class A, int sets>
+  __device__ __forceinline__ void load(const FlatParameters& f, int q, int64_t k) {
+    const P* const p = static_cast<const P*>(f.p[q]);
+    if (!p) return;
+    if (N == 1 || !f.stride[q]) {
+      one = p[N == 1 ? k * f.stride[q] : 0];
+    } else {
+#pragma unroll
+      for (int w = 0; w < N / per_word; ++w) words[w] = load_word<P, per_word>(p + k + w * per_word);
+    }
+  }
+  template <class A>
+  __device__ __forceinline__ A value(const FlatParameters& f, int q, int e) const {
+    if (!f.p[q]) return 0;
+    if (N == 1 || !f.stride[q]) return static_cast<A>(one);
+    return static_cast<A>(elements<P, per_word>(words[e / per_word]).at[e % per_word]);
+  }
+};
+
+// An operation's sets of parameters at the indices k, ..., k + N − 1: p[e·sets + set].
+template <class P, int sets, int N, class A>
 __device__ __forceinline__ void load_parameters(const FlatParameters& f, int64_t k, Parameters<A>* p) {
-  const auto value = [&](int q) { return f.p[q] ? load_as<A>(f.p[q], f.dtype, k * f.stride[q]) : A(0); };
+  LoadedParameter<P, N> loaded[4 * sets];
+#pragma unroll
+  for (int q = 0; q < 4 * sets; ++q) loaded[q].load(f, q, k);
 #pragma unroll
   for (int set = 0; set < sets; ++set)
-    p[set] = {value(4 * set), value(4 * set + 1), value(4 * set + 2), value(4 * set + 3)};
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      const auto value = [&](int q) { return loaded[4 * set + q].template value<A>(f, 4 * set + q, e); };
+      p[e * sets + set] = {value(0), value(1), value(2), value(3)};
+    }
 }
 
 // ---- operands -------------------------------------------------------------------------------------------------------
@@ -160,51 +193,94 @@ struct Operands {
     return place.at(out_pitch[Op::pitched ? k : 0]);
   }
 
+  // What is loaded stays in words until it is used: a thread that took it apart would wait for it.
   template <int N>
   struct Loaded {
-    Vector<S, N> in[Op::inputs];
+    Word<S, N> in[Op::inputs];
   };
 
-  // N consecutive elements of each input, or N times the one there is.
+  // Of an input that is one element, N times that.
   template <int N>
-  __device__ __forceinline__ void load(const Place& place, Loaded<N>& to) const {
+  __device__ __forceinline__ Loaded<N> load_repeated() const {
+    Loaded<N> loaded;
 #pragma unroll
-    for (int k = 0; k < Op::inputs; ++k) {
-      if (k == 0 || stride[k]) {
-        to.in[k] = load_vector<S, N>(in[k] + in_at(k, place));
-      } else {
+    for (int k = 1; k < Op::inputs; ++k) {
+      if (!(Op::repeatable >> k & 1) || stride[k]) continue;
+      Vector<S, N> v;
 #pragma unroll
-        for (int e = 0; e < N; ++e) to.in[k].at[e] = *in[k];
-      }
+      for (int e = 0; e < N; ++e) v.at[e] = *in[k];
+      memcpy(&loaded.in[k], &v, sizeof(v));
     }
+    return loaded;
   }
 
-  // Runs the operation on what was loaded from there, in the same registers, and stores the outputs. With PerElement
-  // each of the N elements has its own parameters p[e·sets] and sums sum[e·sums], else they share p and sum.
+  // N consecutive elements of each input.
+  template <int N>
+  __device__ __forceinline__ Loaded<N> load(const Place& place, const Loaded<N>& repeated) const {
+    Loaded<N> loaded;
+#pragma unroll
+    for (int k = 0; k < Op::inputs; ++k) {
+      if (!(Op::repeatable >> k & 1) || stride[k])
+        loaded.in[k] = load_word<S, N>(in[k] + in_at(k, place));
+      else
+        loaded.in[k] = repeated.in[k];
+    }
+    return loaded;
+  }
+
+  // Runs the operation on what was loaded from there, and stores the outputs. With PerElement each of the N elements
+  // has its own parameters p[e·sets] and sums sum[e·sums], else they share p and sum.
   template <bool PerElement, int N>
-  __device__ __forceinline__ void run(const Place& place, Loaded<N>& loaded, const Parameters<Arithmetic<S>>* p,
+  __device__ __forceinline__ void run(const Place& place, const Loaded<N>& loaded, const Parameters<Arithmetic<S>>* p,
                                       Arithmetic<S>* sum) const {
-    static_assert(Op::outputs <= Op::inputs);
+    Vector<S, N> x[Op::inputs], y[Op::outputs];
+#pragma unroll
+    for (int k = 0; k < Op::inputs; ++k) x[k] = elements<S, N>(loaded.in[k]);
 #pragma unroll
     for (int e = 0; e < N; ++e) {
-      Arithmetic<S> x[Op::inputs], y[Op::outputs];
-#pragma unroll
-      for (int k = 0; k < Op::inputs; ++k) x[k] = static_cast<Arithmetic<S>>(loaded.in[k].at[e]);
-      Op::template apply<Math<S>>(x, p + PerElement * e * Op::sets, y, sum + PerElement * e * Op::sums);
-#pragma unroll
-      for (int k = 0; k < Op::outputs; ++k) loaded.in[k].at[e] = static_cast<S>(y[k]);
+      const auto input = [&](int k) { return x[k].at[e]; };
+      const auto output = [&](int k, S value) { y[k].at[e] = value; };
+      apply(input, p + PerElement * e * Op::sets, output, sum + PerElement * e * Op::sums);
     }
 #pragma unroll
     for (int k = 0; k < Op::outputs; ++k)
-      if (!Op::sums || out[k]) store_vector(out[k] + out_at(k, place), loaded.in[k]);
+      if (!Op::sums || out[k]) store_vector(out[k] + out_at(k, place), y[k]);
   }
 
-  // One element, loaded and run.
-  __device__ __forceinline__ void run_one(const Place& place, const Parameters<Arithmetic<S>>* p,
-                                          Arithmetic<S>* sum) const {
-    Loaded<1> loaded;
-    load(place, loaded);
-    run<false>(place, loaded, p, sum);
+  // The first n elements, of N at most.
+  template <bool PerElement, int N>
+  __device__ __forceinline__ void run_part(const Place& place, int n, const Parameters<Arithmetic<S>>* p,
+                                           Arithmetic<S>* sum) const {
+    Vector<S, N> x[Op::inputs];
+#pragma unroll
+    for (int k = 0; k < Op::inputs; ++k) {
+      const bool one = Op::repeatable >> k & 1 && !stride[k];
+      const S* const from = in[k] + (one ? 0 : in_at(k, place));
+#pragma unroll
+      for (int e = 0; e < N; ++e)
+        if (e < n) x[k].at[e] = from[one ? 0 : e];
+    }
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      if (e >= n) continue;
+      const auto input = [&](int k) { return x[k].at[e]; };
+      const auto output = [&](int k, S value) {
+        if (!Op::sums || out[k]) out[k][out_at(k, place) + e] = value;
+      };
+      apply(input, p + PerElement * e * Op::sets, output, sum + PerElement * e * Op::sums);
+    }
+  }
+
+ private:
+  template <class Input, class Output>
+  static __device__ __forceinline__ void apply(const Input& input, const Parameters<Arithmetic<S>>* p,
+                                               const Output& output, Arithmetic<S>* sum) {
+    Arithmetic<S> x[Op::inputs], y[Op::outputs];
+#pragma unroll
+    for (int k = 0; k < Op::inputs; ++k) x[k] = static_cast<Arithmetic<S>>(input(k));
+    Op::template apply<Math<S>>(x, p, y, sum);
+#pragma unroll
+    for (int k = 0; k < Op::outputs; ++k) output(k, static_cast<S>(y[k]));
   }
 };
 
@@ -221,34 +297,35 @@ constexpr int kMinBlocks = Op::inputs == 1                               ? 3
 template <int N>
 struct RowCursor {
   const RowsLaunch& r;
-  int64_t k, row, vector;
+  int64_t begin, vector;  // the row's first element; the slot in it
+  int64_t end;            // the rows'
 
-  __device__ RowCursor(const RowsLaunch& launch, int64_t parameter, int64_t first_slot)
-      : r(launch), k(parameter), row(first_slot / launch.vectors), vector(first_slot % launch.vectors) {}
+  __device__ RowCursor(const RowsLaunch& launch, int64_t k, int64_t first_slot)
+      : r(launch),
+        begin(first_slot / r.vectors * r.pitch + k * r.inner),
+        vector(first_slot % r.vectors),
+        end(r.outer * r.pitch + k * r.inner) {}
 
-  __device__ __forceinline__ bool in_range() const { return row < r.outer; }
+  __device__ __forceinline__ bool in_range() const { return begin < end; }
 
   __device__ __forceinline__ void advance() {
-    row += r.step_rows;
+    begin += r.step;
     vector += r.step_vectors;
     if (vector >= r.vectors) {
       vector -= r.vectors;
-      ++row;
+      begin += r.pitch;
     }
   }
 
-  // The slot's first element, and which of its N elements are the row's: [lo, hi).
+  // The row's elements among N: all (n = N), from a multiple of N on; fewer; or none (n ≤ 0).
   struct Slot {
     int64_t first;
-    int lo, hi;
-    __device__ __forceinline__ bool is_whole() const { return lo == 0 && hi == N; }
+    int n;
   };
   __device__ __forceinline__ Slot slot() const {
-    if (!in_range()) return {0, 0, 0};
-    const int64_t begin = row * r.pitch + k * r.inner, end = begin + r.inner;
-    const int64_t first = begin / N * N + vector * N;
-    return {first, first < begin ? static_cast<int>(begin - first) : 0,
-            first + N <= end ? N : (first < end ? static_cast<int>(end - first) : 0)};
+    const int64_t first = (begin & -int64_t{N}) + vector * N, next = first + N;
+    const int64_t own_first = max(first, begin), own_next = in_range() ? min(next, begin + r.inner) : own_first;
+    return {own_first, static_cast<int>(own_next - own_first)};
   }
 };
 
@@ -273,30 +350,39 @@ __device__ __forceinline__ A block_sum(const A* sum) {
 }
 
 // Where a block's sums go: to the gradients if they are whole, else to the workspace; nowhere if no gradient is wanted.
-template <int sums, class A>
+template <int sums, class S>
 struct SumTarget {
   bool wanted;
   PartialSums layout;
-  A* partial;
+  Arithmetic<S>* partial;
   void* dp[sums ? sums : 1];
   c10::ScalarType dp_dtype;
 
-  __device__ __forceinline__ void store(int q, int64_t part, int64_t slot, A value) const {
+  __device__ __forceinline__ void store_gradient(int q, int64_t k, Arithmetic<S> value) const {
+    if (!dp[q]) return;
+    with_type<S>(dp_dtype, [&](auto zero) {
+      using P = decltype(zero);
+      static_cast<P*>(dp[q])[k] = static_cast<P>(value);
+    });
+  }
+  __device__ __forceinline__ void store(int q, int64_t part, int64_t k, Arithmetic<S> value) const {
     if (!layout.whole)
-      partial[(part * sums + q) * layout.fold * layout.count + slot] = value;
-    else if (dp[q])
-      store_as(dp[q], dp_dtype, slot, value);
+      partial[(q * layout.parts + part) * layout.count + k] = value;
+    else
+      store_gradient(q, k, value);
   }
 };
 
 template <class Op, class S, int N, int Unroll>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
-    rows(RowsLaunch r, FlatParameters parameters, Operands<Op, S> a, SumTarget<Op::sums, Arithmetic<S>> target) {
+    rows(RowsLaunch r, FlatParameters parameters, Operands<Op, S> a,
+         const __grid_constant__ SumTarget<Op::sums, S> target) {
   using A = Arithmetic<S>;
+  const auto repeated = a.template load_repeated<N>();
   for (int64_t item = blockIdx.x; item < r.count * r.splits; item += gridDim.x) {
     const int64_t k = item % r.count, split = item / r.count;
     Parameters<A> p[Op::sets];
-    load_parameters<A, Op::sets>(parameters, k, p);
+    with_type<S>(parameters.dtype, [&](auto zero) { load_parameters<decltype(zero), Op::sets, 1>(parameters, k, p); });
     A sum[kSums<Op>] = {};
     RowCursor<N> cursor(r, k, split * r.threads + threadIdx.x);
     while (cursor.in_range()) {
@@ -305,26 +391,29 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
 #pragma unroll
       for (int j = 0; j < Unroll; ++j) {
         slots[j] = cursor.slot();
-        if (slots[j].is_whole()) a.load({0, slots[j].first}, loaded[j]);
+        if (slots[j].n == N) loaded[j] = a.load({0, slots[j].first}, repeated);
         cursor.advance();
       }
+      A share[kSums<Op>] = {};  // a sum of few terms, so that `sum` has few as well: both lose little
 #pragma unroll
       for (int j = 0; j < Unroll; ++j) {
-        if (slots[j].is_whole()) {
-          a.template run<false>({0, slots[j].first}, loaded[j], p, sum);
-        } else {
+        const auto& slot = slots[j];
+        if (slot.n == N) {
+          a.template run<false>({0, slot.first}, loaded[j], p, share);
+        } else if (N > 1) {
+          constexpr int At = N < 4 ? N : 4;
 #pragma unroll 1
-          for (int64_t i = slots[j].first + slots[j].lo; i < slots[j].first + slots[j].hi; ++i)
-            a.run_one({0, i}, p, sum);
+          for (int e = 0; e < slot.n; e += At)
+            a.template run_part<false, At>({0, slot.first + e}, slot.n - e, p, share);
         }
       }
+#pragma unroll
+      for (int q = 0; q < Op::sums; ++q) sum[q] += share[q];
     }
     if constexpr (Op::sums > 0) {
       if (!target.wanted) continue;
       const A total = block_sum<Op::sums>(sum);
-#pragma unroll
-      for (int q = 0; q < Op::sums; ++q)
-        if (static_cast<int>(threadIdx.x) == q) target.store(q, split, k, total);
+      if (threadIdx.x < Op::sums) target.store(threadIdx.x, split, k, total);
     }
   }
 }
@@ -336,7 +425,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
 template <int N>
 struct ColumnThread {
   int64_t column, first_row, step, whole_rows;
-  int tx, ty, rest;
+  int tx, ty;
   bool active;
 
   __device__ __forceinline__ explicit ColumnThread(const ColumnsLaunch& c)
@@ -344,20 +433,25 @@ struct ColumnThread {
     column = (static_cast<int64_t>(blockIdx.x) * c.tx + tx) * N;
     first_row = static_cast<int64_t>(blockIdx.y) * c.ty + ty;
     step = static_cast<int64_t>(gridDim.y) * c.ty;
-    const int64_t in_tail = c.columns.tail - column;
-    whole_rows = c.columns.rows + (in_tail >= N);
-    rest = in_tail > 0 && in_tail < N && c.columns.rows % step == first_row ? static_cast<int>(in_tail) : 0;
+    whole_rows = c.columns.rows + (in_tail(c) >= N);
     active = ty < c.ty && column < c.columns.width;
+  }
+
+  __device__ __forceinline__ int64_t in_tail(const ColumnsLaunch& c) const { return c.columns.tail - column; }
+  __device__ __forceinline__ int rest(const ColumnsLaunch& c) const {
+    const int64_t n = in_tail(c);
+    return n > 0 && n < N && c.columns.rows % step == first_row ? static_cast<int>(n) : 0;
   }
 };
 
-template <class A, int N, int sets>
+template <class P, int sets, int N, class A>
 __device__ __forceinline__ void load_column_parameters(const ColumnsLaunch& c, const FlatParameters& f, int64_t column,
                                                        Parameters<A>* p) {
   int64_t k = column / c.inner % c.count, within = column % c.inner;
+  if (N > 1 && c.parameter_vectors) return load_parameters<P, sets, N>(f, k, p);
 #pragma unroll
   for (int e = 0; e < N; ++e) {
-    load_parameters<A, sets>(f, k, p + e * sets);
+    load_parameters<P, sets, 1>(f, k, p + e * sets);
     if (++within == c.inner) {
       within = 0;
       if (++k == c.count) k = 0;
@@ -365,99 +459,111 @@ __device__ __forceinline__ void load_column_parameters(const ColumnsLaunch& c, c
   }
 }
 
-// Whether each thread stores its own columns' sums, for there are no others to add. (Not of many: their code would be
-// far longer than the rest.)
-template <class Op>
-__host__ __device__ __forceinline__ bool sums_alone(const ColumnsLaunch& c) {
-  return Op::sums <= 4 && c.ty == 1 && c.inner == 1;
+// Stores the sums of a tile's parameters, over the block's rows, the periods in it and `inner`. All threads must call
+// it.
+template <int sums, class S, int N>
+__device__ __forceinline__ void store_sums_of_columns(const ColumnsLaunch& c, const ColumnThread<N>& t,
+                                                      const Arithmetic<S>* sum, const SumTarget<sums, S>& target) {
+  using A = Arithmetic<S>;
+  constexpr int Run = N < 16 / static_cast<int>(sizeof(A)) ? N : 16 / sizeof(A);
+  A* const shared = reinterpret_cast<A*>(leaf_smem);  // [q][ty][column], or [q][term][a period's column]
+  if (t.ty < c.ty) {
+#pragma unroll
+    for (int q = 0; q < sums; ++q)
+#pragma unroll
+      for (int first = 0; first < N; first += Run) {
+        Vector<A, Run> v;
+#pragma unroll
+        for (int e = 0; e < Run; ++e) v.at[e] = sum[(first + e) * sums + q];
+        store_vector(shared + ((q * c.ty + t.ty) * c.tx + t.tx) * N + first, v);
+      }
+  }
+  __syncthreads();
+  const int inner = static_cast<int>(c.inner), terms = c.ty * c.tile_folds;
+  const int lane = threadIdx.x % kWarp, share = threadIdx.x % c.shares;
+  for (int first = threadIdx.x - lane; first < sums * c.results * c.shares; first += blockDim.x) {
+    const int result = (first + lane) / c.shares, q = result / c.results, of_q = result % c.results;
+    A total = 0;
+    if (q < sums) {
+      for (int term = share; term < terms; term += c.shares)
+        for (int i = 0; i < inner; ++i) total += shared[((q * terms + term) * c.results + of_q) * inner + i];
+    }
+    for (int other = c.shares / 2; other > 0; other /= 2) total += __shfl_xor_sync(0xffffffffu, total, other);
+    const int64_t slot = static_cast<int64_t>(blockIdx.x) * c.results + of_q;
+    if (share || q >= sums || slot >= c.slots) continue;
+    target.store(q, blockIdx.y * c.period_parts + slot / c.count, slot % c.count, total);
+  }
 }
 
 template <class Op, class S, int N, int Unroll>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
-    columns(ColumnsLaunch c, FlatParameters parameters, Operands<Op, S> a, SumTarget<Op::sums, Arithmetic<S>> target) {
+    columns(ColumnsLaunch c, FlatParameters parameters, Operands<Op, S> a,
+            const __grid_constant__ SumTarget<Op::sums, S> target) {
   using A = Arithmetic<S>;
   const ColumnThread<N> t(c);
   A sum[N * kSums<Op>] = {};
   if (t.active) {
     Parameters<A> p[N * Op::sets];
-    load_column_parameters<A, N, Op::sets>(c, parameters, t.column, p);
-    // A row of the matrix is one line of the operands or more.
-    const int64_t lines = Op::pitched ? c.columns.width / c.line : 0, first_line = Op::pitched ? t.column / c.line : 0;
-    const int64_t within = Op::pitched ? t.column % c.line : t.column;
-    const auto place = [&](int64_t row, int e) -> typename Operands<Op, S>::Place {
-      return {row * lines + first_line, (Op::pitched ? 0 : row * c.columns.stride) + within + e};
-    };
-    for (int64_t row = t.first_row; row < t.whole_rows; row += Unroll * t.step) {
+    with_type<S>(parameters.dtype,
+                 [&](auto zero) { load_column_parameters<decltype(zero), Op::sets, N>(c, parameters, t.column, p); });
+    // Where a row is, for these columns: of pitched operations in lines, of which it has one or more, else in elements.
+    const int64_t per_row = Op::pitched ? c.columns.width / c.line : c.columns.stride;
+    const int64_t first = Op::pitched ? t.column / c.line : t.column, in_line = Op::pitched ? t.column % c.line : 0;
+    const auto at = [&](int64_t row) { return row * per_row + first; };
+    const auto place = [&](int64_t row_at) ->
+        typename Operands<Op, S>::Place { return {row_at, Op::pitched ? in_line : row_at}; };
+    const auto repeated = a.template load_repeated<N>();
+    const int64_t end = at(t.whole_rows), step = t.step * per_row;
+    for (int64_t row = at(t.first_row); row < end; row += Unroll * step) {
       typename Operands<Op, S>::template Loaded<N> loaded[Unroll];
 #pragma unroll
       for (int j = 0; j < Unroll; ++j)
-        if (row + j * t.step < t.whole_rows) a.load(place(row + j * t.step, 0), loaded[j]);
+        if (row + j * step < end) loaded[j] = a.load(place(row + j * step), repeated);
 #pragma unroll
       for (int j = 0; j < Unroll; ++j) {
-        if (row + j * t.step >= t.whole_rows) break;
-        a.template run<true>(place(row + j * t.step, 0), loaded[j], p, sum);
+        if (row + j * step >= end) break;
+        a.template run<true>(place(row + j * step), loaded[j], p, sum);
       }
     }
-#pragma unroll
-    for (int e = 0; e < N; ++e)
-      if (e < t.rest) a.run_one(place(c.columns.rows, e), p + e * Op::sets, sum + e * Op::sums);
+    if (const int rest = N > 1 ? t.rest(c) : 0) a.template run_part<true, N>(place(at(c.columns.rows)), rest, p, sum);
   }
-
-  if (!Op::sums || !target.wanted) return;
-  const int width = c.tx * N;
-  if (sums_alone<Op>(c)) {
-    if (!t.active) return;
-#pragma unroll
-    for (int q = 0; q < Op::sums; ++q)
-#pragma unroll
-      for (int e = 0; e < N; ++e) target.store(q, blockIdx.y, t.column + e, sum[e * Op::sums + q]);
-    return;
-  }
-  A* const shared = reinterpret_cast<A*>(leaf_smem);  // [ty][q][column]
-  if (t.ty < c.ty) {
-#pragma unroll
-    for (int q = 0; q < Op::sums; ++q)
-#pragma unroll
-      for (int e = 0; e < N; ++e) shared[(t.ty * Op::sums + q) * width + t.tx * N + e] = sum[e * Op::sums + q];
-  }
-  __syncthreads();
-  const int inner = static_cast<int>(c.inner), slots = width / inner;
-#pragma unroll(Op::sums <= 4 ? 4 : 1)
-  for (int q = 0; q < Op::sums; ++q) {
-    for (int s = threadIdx.x; s < slots; s += blockDim.x) {
-      const int64_t slot = static_cast<int64_t>(blockIdx.x) * slots + s;
-      if (slot >= c.slots) break;
-      A total = 0;
-      for (int ty = 0; ty < c.ty; ++ty)
-        for (int i = 0; i < inner; ++i) total += shared[(ty * Op::sums + q) * width + s * inner + i];
-      target.store(q, blockIdx.y, slot, total);
-    }
-  }
+  if constexpr (Op::sums > 0)
+    if (target.wanted) store_sums_of_columns<Op::sums, S, N>(c, t, sum, target);
 }
 
 // ---- partial sums to gradients --------------------------------------------------------------------------------------
 
-// Block y adds up the sums of gradient y.
-template <int sums, class A>
-__global__ void __launch_bounds__(kMaxThreads) finish(FinishLaunch f, SumTarget<sums, A> target) {
-  A* const shared = reinterpret_cast<A*>(leaf_smem);  // [ky][kx]
+// Block y adds up the partial sums of gradient y, in double: there are few threads for them, and many terms for each.
+template <int sums, class S>
+__global__ void __launch_bounds__(kMaxThreads)
+    finish(FinishLaunch f, const __grid_constant__ SumTarget<sums, S> target) {
+  constexpr int Unroll = 8;
+  double* const shared = reinterpret_cast<double*>(leaf_smem);  // [ky][kx]
   const int x = threadIdx.x % f.kx, y = threadIdx.x / f.kx;
-  const int64_t count = f.sums.count, fold = f.sums.fold, q = blockIdx.y;
+  const int64_t count = f.sums.count, parts = f.sums.parts, q = blockIdx.y;
   for (int64_t k0 = static_cast<int64_t>(blockIdx.x) * f.kx; k0 < count; k0 += static_cast<int64_t>(gridDim.x) * f.kx) {
-    A sum = 0;
-    if (k0 + x < count)
-      for (int64_t j = y; j < f.sums.parts * fold; j += f.ky)
-        sum += target.partial[((j / fold * sums + q) * fold + j % fold) * count + k0 + x];
-    shared[threadIdx.x] = sum;
+    double sum[Unroll] = {};
+    if (k0 + x < count) {
+      const Arithmetic<S>* from = target.partial + (q * parts + y) * count + k0 + x;
+      const int64_t step = f.ky * count;
+      for (int64_t part = y; part < parts; part += Unroll * f.ky, from += Unroll * step) {
+        Arithmetic<S> value[Unroll];  // all loads before the first sum
+#pragma unroll
+        for (int j = 0; j < Unroll; ++j) value[j] = part + j * f.ky < parts ? from[j * step] : 0;
+#pragma unroll
+        for (int j = 0; j < Unroll; ++j) sum[j] += value[j];
+      }
+    }
+#pragma unroll
+    for (int half = Unroll / 2; half > 0; half /= 2)
+#pragma unroll
+      for (int j = 0; j < half; ++j) sum[j] += sum[j + half];
+    shared[threadIdx.x] = sum[0];
     for (int half = f.ky / 2; half > 0; half /= 2) {
       __syncthreads();
       if (y < half) shared[threadIdx.x] += shared[threadIdx.x + half * f.kx];
     }
-    if (y == 0 && k0 + x < count) {
-#pragma unroll
-      for (int which = 0; which < sums; ++which)
-        if (which == q && target.dp[which]) store_as(target.dp[which], target.dp_dtype, k0 + x, shared[threadIdx.x]);
-    }
+    if (y == 0 && k0 + x < count) target.store_gradient(q, k0 + x, static_cast<Arithmetic<S>>(shared[threadIdx.x]));
     __syncthreads();  // before the next round writes
   }
 }

@@ -48,8 +48,11 @@ struct LaunchPlan {
 
 template <class Op, class S>
 LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
-  constexpr int64_t sums_bytes = Op::sums * sizeof(Arithmetic<S>);
+  constexpr int64_t sum_bytes = sizeof(Arithmetic<S>);
+  const int64_t at_once = multiprocessors * kMinBlocks<Op, S>;
   LaunchPlan b{};
+  b.sums_wanted = std::any_of(a.dp, a.dp + Op::sums, [](const void* dp) { return dp; });
+  const int sums = b.sums_wanted ? Op::sums : 0;
   b.vector = true;
   for (int k = 0; k < Op::inputs; ++k) b.vector = b.vector && (a.in_stride[k] == 0 || is_aligned(a.in[k]));
   for (int k = 0; k < Op::outputs; ++k) b.vector = b.vector && is_aligned(a.out[k]);
@@ -62,29 +65,29 @@ LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
   b.by_rows = by_rows(a.plan, sizeof(S));  // never with a run: `inner` is 1
   if (b.by_rows) {
     b.rows = plan_rows(a.plan, b.vector ? kVector<S> : 1, kUnroll<Op>, multiprocessors);
-    b.sums = partial_sums(Op::sums, b.rows.splits, 1, a.plan.count);
+    b.sums = partial_sums(sums, b.rows.splits, a.plan.count);
   } else {
     const auto plan = [&](int vector) {
-      return plan_columns(a.plan, a.run, vector, kUnroll<Op>, multiprocessors, a.workspace, sums_bytes);
+      b.columns = plan_columns(a.plan, a.run, vector, kUnroll<Op>, at_once, a.workspace, sums, sum_bytes);
+      b.sums = partial_sums(sums, b.columns.splits * b.columns.period_parts, a.plan.count);
     };
     const int64_t period = a.plan.period(), pitch = a.plan.pitch;
     b.vector = b.vector && kColumnVectors<Op> && (pitch == period || (whole(pitch) && whole(period)));
-    if (b.vector) b.columns = plan(kVector<S>);
-    if (!b.vector || (Op::sums && !columns_fit(b.columns, a.workspace, sums_bytes))) {
-      b.vector = false;
-      b.columns = plan(1);
-    }
-    b.sums = partial_sums(Op::sums, b.columns.splits, b.columns.columns.fold, a.plan.count);
+    if (b.vector) plan(kVector<S>);
+    // Periods side by side may have partial sums whatever the splits.
+    b.vector = b.vector && b.sums.values * sum_bytes <= a.workspace;
+    if (!b.vector) plan(1);
+    b.columns.parameter_vectors = b.vector && a.plan.inner == 1 && whole(a.plan.count);
+    for (int q = 0; q < 4 * Op::sets; ++q)
+      if (a.parameters.stride[q]) b.columns.parameter_vectors &= is_aligned(a.parameters.p[q]);
   }
   b.finish = plan_finish(b.sums, multiprocessors);
-  b.sums_wanted = std::any_of(a.dp, a.dp + Op::sums, [](const void* dp) { return dp; });
-  b.workspace_bytes = b.sums_wanted ? b.sums.values * sizeof(Arithmetic<S>) : 0;
+  b.workspace_bytes = b.sums.values * sum_bytes;
   return b;
 }
 
 template <class Op, class S, int N, class Launcher>
-void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Op::sums, Arithmetic<S>>& target,
-                 const Launcher& launch) {
+void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Op::sums, S>& target, const Launcher& launch) {
   using A = Arithmetic<S>;
   Operands<Op, S> operands;
   for (int k = 0; k < Op::inputs; ++k) {
@@ -105,9 +108,8 @@ void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Op::sums, A
     }
   if constexpr (N == 1 || kColumnVectors<Op>) {
     const ColumnsLaunch& c = b.columns;
-    const bool alone = !Op::sums || sums_alone<Op>(c);
-    launch(columns<Op, S, N, kUnroll<Op>>, dim3(c.tiles, c.splits), c.threads,
-           alone ? 0 : sizeof(A) * Op::sums * c.ty * c.tx * N, c, a.parameters, operands, target);
+    launch(columns<Op, S, N, kUnroll<Op>>, dim3(c.tiles, c.splits), c.threads, sizeof(A) * Op::sums * c.ty * c.tx * N,
+           c, a.parameters, operands, target);
   }
 }
 
@@ -132,14 +134,14 @@ void launch(const Args& a, const LaunchPlan& b, void* workspace, const Launcher&
     using Op = decltype(operation);
     using S = decltype(zero);
     using A = Arithmetic<S>;
-    SumTarget<Op::sums, A> target{b.sums_wanted, b.sums, static_cast<A*>(workspace), {}, a.dp_dtype};
+    SumTarget<Op::sums, S> target{b.sums_wanted, b.sums, static_cast<A*>(workspace), {}, a.dp_dtype};
     std::copy_n(a.dp, Op::sums, target.dp);
     const auto run = b.vector ? launch_pass<Op, S, kVector<S>, Launcher> : launch_pass<Op, S, 1, Launcher>;
     run(a, b, target, launcher);
     if constexpr (Op::sums > 0)
       if (b.workspace_bytes)
-        launcher(finish<Op::sums, A>, dim3(b.finish.grid, Op::sums), kMaxThreads, kMaxThreads * sizeof(A), b.finish,
-                 target);
+        launcher(finish<Op::sums, S>, dim3(b.finish.grid, Op::sums), kMaxThreads, kMaxThreads * sizeof(double),
+                 b.finish, target);
   });
 }
 

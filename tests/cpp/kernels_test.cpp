@@ -71,16 +71,17 @@ struct Case {
   int64_t multiprocessors = 2;
   // Of the gated unit: elements between the lines of an operand, -1 for dense operands; lines that `count` makes.
   int64_t gap = -1, lines = 1;
+  int64_t parameter_offset = 0;
 };
 
 std::string name(const Case& c, const char* type, const char* what) {
   char text[200];
-  std::snprintf(
-      text, sizeof(text),
-      "%s %s (%ld, %ld, %ld) pitch %ld offset %ld grad stride %d shared %ld p2p4 %d du %d mp %ld gap %ld lines %ld",
-      what, type, long(c.plan.outer), long(c.plan.count), long(c.plan.inner), long(c.plan.pitch), long(c.offset),
-      c.grad_stride, long(c.shared_parameter), c.p2_and_p4, c.want_du, long(c.multiprocessors), long(c.gap),
-      long(c.lines));
+  std::snprintf(text, sizeof(text),
+                "%s %s (%ld, %ld, %ld) pitch %ld offset %ld grad stride %d shared %ld p2p4 %d du %d mp %ld gap %ld "
+                "lines %ld parameter offset %ld",
+                what, type, long(c.plan.outer), long(c.plan.count), long(c.plan.inner), long(c.plan.pitch),
+                long(c.offset), c.grad_stride, long(c.shared_parameter), c.p2_and_p4, c.want_du,
+                long(c.multiprocessors), long(c.gap), long(c.lines), long(c.parameter_offset));
   return text;
 }
 
@@ -188,7 +189,7 @@ void run(const Case& c, const char* type) {
   args.workspace = workspace_limit(c.plan.numel(), sizeof(S));
   args.parameters.dtype = kType<P>;
   for (int q = 0; q < 8; ++q) {
-    p.emplace_back(q == c.shared_parameter ? 1 : count);
+    p.emplace_back(q == c.shared_parameter ? 1 : count, c.parameter_offset);
     p[q].fill(random);
     if (q % 2 == 1 && !c.p2_and_p4) continue;
     args.parameters.p[q] = p[q].data;
@@ -499,6 +500,11 @@ void small_plans() {
   for (int64_t offset : {1, 3})
     for (const Plan& plan : {Plan{1, 1, 1000}, Plan{3, 5, 67}, Plan{33, 40, 1}, Plan{9, 7, 4}})
       run_types({plan, offset});
+  {
+    Case c{{33, 40, 1}};
+    c.parameter_offset = 1;
+    run_types(c);
+  }
   // With gaps, of whole vectors and not.
   for (int64_t gap : {1, 8, 16})
     for (const Plan& plan : {Plan{3, 5, 1}, Plan{5, 32, 1}, Plan{7, 600, 1}, Plan{4, 9, 4}, Plan{3, 5, 64},
@@ -536,20 +542,21 @@ void large_plans() {
     check(r.grid >= 1 && r.grid <= max_grid(132) && r.threads % kWarp == 0, what + " grid");
     check(r.step_rows * r.vectors + r.step_vectors == r.splits * r.threads, what + " step");
     check(r.vectors * N >= plan.inner, what + " vectors");
+    check(ceil_div(r.outer * r.vectors, r.splits * r.threads * 2) <= kMaxSerialSum, what + " steps");
     check(4 * 4 * r.splits * r.count <= workspace_limit(plan.numel(), 2), what + " workspace");
     // The last element is in the slots of the last row, and it is the last.
     bool found = false;
     for (int64_t v = std::max<int64_t>(0, r.vectors - 3); v < r.vectors; ++v) {
       const auto slot = RowCursor<N>(r, plan.count - 1, (plan.outer - 1) * r.vectors + v).slot();
-      found = found || (slot.lo < slot.hi && slot.first + slot.hi == plan.numel());
-      check(slot.lo >= slot.hi || (slot.first >= 0 && slot.first % N == 0 && slot.first + slot.hi <= plan.numel()),
-            what + " slot");
+      found = found || (slot.n > 0 && slot.first + slot.n == plan.numel());
+      check(slot.n <= 0 || (slot.first >= 0 && slot.first + slot.n <= plan.numel()), what + " slot");
+      check(slot.n < N || slot.first % N == 0, what + " aligned");
     }
     check(found, what + " last element");
   }
   for (const Plan& plan : {Plan{big, 3, 1}, Plan{3, big, 1}, Plan{big, 1000, 7}}) {
     constexpr int N = 8;
-    const ColumnsLaunch c = plan_columns(plan, 0, N, 2, 132, workspace_limit(plan.numel(), 2), 4);
+    const ColumnsLaunch c = plan_columns(plan, 0, N, 2, 264, workspace_limit(plan.numel(), 2), 4, 4);
     const std::string what = "columns " + std::to_string(plan.outer) + " " + std::to_string(plan.count);
     check(c.tiles >= 1 && c.tiles <= kMaxGridX && c.splits >= 1 && c.splits <= kMaxGridY, what + " grid");
     check(c.threads <= kMaxThreads && c.tx * c.ty <= c.threads, what + " threads");
@@ -559,17 +566,59 @@ void large_plans() {
   }
 }
 
-// A pass without sums is divided as the device wants it, whatever the workspace.
-void forward_fills_the_device() {
-  Args a{};
-  a.operation = Operation::forward;
-  a.dtype = c10::ScalarType::BFloat16;
-  a.plan = {64, 65536, 1};
-  a.in_stride[0] = 1;
-  for (int64_t workspace : {int64_t{1}, workspace_limit(a.plan.numel(), 2)}) {
-    a.workspace = workspace;
-    const ColumnsLaunch c = plan_launch(a, 132).columns;
-    check(c.tiles * c.splits == 512, "forward's blocks");  // 32 tiles; 64 rows, four to a thread
+// What the planner promises of passes large enough for a device of 132 multiprocessors.
+void plans_of_a_large_device() {
+  constexpr int64_t multiprocessors = 132;
+  for (const Plan& plan : {Plan{1, 1, 1 << 24}, Plan{256, 64, 4096}, Plan{1024, 64, 49}, Plan{64, 65536, 1},
+                           Plan{256, 65536, 1}, Plan{4096, 1024, 1}, Plan{16384, 1024, 1}, Plan{1 << 20, 64, 1},
+                           Plan{1 << 20, 5, 1}, Plan{1 << 20, 3, 7}, Plan{1 << 15, 1001, 1}})
+    for (c10::ScalarType dtype : {c10::ScalarType::Float, c10::ScalarType::BFloat16})
+      for (Operation operation : {Operation::forward, Operation::backward}) {
+        Args a{};
+        a.operation = operation;
+        a.dtype = dtype;
+        a.plan = plan;
+        a.in_stride[0] = a.in_stride[1] = 1;
+        a.dp[0] = &a;  // one is wanted
+        const int64_t element_bytes = dtype == c10::ScalarType::Float ? 4 : 2;
+        a.workspace = workspace_limit(plan.numel(), element_bytes);
+        const LaunchPlan b = plan_launch(a, multiprocessors);
+        const RowsLaunch& r = b.rows;
+        const ColumnsLaunch& c = b.columns;
+        const std::string what = std::to_string(plan.outer) + " " + std::to_string(plan.count) + " " +
+                                 std::to_string(plan.inner) + (operation == Operation::forward ? " forward" : "");
+        const auto at_most = [&](int64_t got, int64_t most, const char* of) {
+          check(got <= most, what + " has " + std::to_string(got) + " " + of);
+        };
+        check(b.vector, what + " by vectors");
+        at_most(-(b.by_rows ? r.grid : c.tiles * c.splits), -multiprocessors, "blocks, negative");
+        if (operation == Operation::forward) {
+          a.workspace = 0;
+          const LaunchPlan without = plan_launch(a, multiprocessors);
+          check(without.vector && without.columns.splits == c.splits, what + " whatever the workspace");
+          continue;
+        }
+        check(b.workspace_bytes <= a.workspace, what + " workspace");
+        // Terms that a thread adds one after another: first, in the block, and in the finishing kernel.
+        if (b.by_rows) {
+          at_most(ceil_div(plan.outer * r.vectors, r.splits * r.threads * kUnroll<Backward>), kMaxSerialSum, "steps");
+        } else {
+          at_most(ceil_div(c.columns.rows, c.splits * c.ty), kMaxSerialSum, "rows");
+          at_most(ceil_div(c.ty * c.tile_folds, c.shares) * c.inner, kMaxSerialSum, "terms");
+        }
+        at_most(ceil_div(b.sums.parts, b.finish.ky), 32, "partial sums");
+      }
+  // As many columns as the device has threads need no second kernel, nor do few of anything.
+  for (const Plan& plan :
+       {Plan{64, 65536, 1}, Plan{256, 65536, 1}, Plan{16, 64, 1}, Plan{16, 5, 1}, Plan{1, 1, 1000}}) {
+    Args a{};
+    a.operation = Operation::backward;
+    a.dtype = c10::ScalarType::BFloat16;
+    a.plan = plan;
+    a.in_stride[0] = a.in_stride[1] = 1;
+    a.dp[0] = &a;
+    a.workspace = workspace_limit(plan.numel(), 2);
+    check(plan_launch(a, multiprocessors).sums.whole, std::to_string(plan.outer) + " rows in one kernel");
   }
 }
 
@@ -581,7 +630,7 @@ int main(int argc, char** argv) {
   glu_plans();
   cell_plans();
   large_plans();
-  forward_fills_the_device();
+  plans_of_a_large_device();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }
