@@ -25,6 +25,8 @@ constexpr int64_t kMaxSerialSum = 64;
 constexpr int64_t kMinRowBytes = 64;
 // Narrower matrices would leave a warp's threads without work.
 constexpr int64_t kMinColumnVectors = 32;
+// Of so many tiles of columns the last may be narrower than the others.
+constexpr int64_t kManyTiles = 8;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -105,10 +107,11 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t run, int vector, int
   const int64_t width = c.columns.width / vector;
   const int64_t unit = std::lcm(plan.inner, int64_t{vector}) / vector;
   // As many rows to a block as leave a warp's width: their sums meet in shared memory, those of splits in the
-  // workspace.
+  // workspace. Few tiles are made alike.
   const int64_t at_a_time = std::clamp<int64_t>(ceil_div(rows, unroll), 1, kMaxThreads / kWarp);
-  const int64_t tiles = std::max(ceil_div(width, kMaxThreads / unit * unit), width * at_a_time / kMaxThreads);
-  c.tx = static_cast<int>(round_up(ceil_div(width, tiles), unit));
+  const int64_t widest = kMaxThreads / unit * unit, narrow = kMaxThreads / at_a_time / unit * unit;
+  const int64_t tiles = std::max(ceil_div(width, widest), width / narrow);
+  c.tx = static_cast<int>(tiles < kManyTiles ? round_up(ceil_div(width, tiles), unit) : narrow);
   c.tiles = ceil_div(width, c.tx);
   c.ty = static_cast<int>(std::clamp<int64_t>(ceil_div(rows, unroll), 1, kMaxThreads / c.tx));
   c.threads = static_cast<int>(round_up(int64_t{c.tx} * c.ty, kWarp));
