@@ -202,7 +202,7 @@ struct Operands {
   // Of an input that is one element, N times that.
   template <int N>
   __device__ __forceinline__ Loaded<N> load_repeated() const {
-    Loaded<N> loaded;
+    Loaded<N> loaded = {};
 #pragma unroll
     for (int k = 1; k < Op::inputs; ++k) {
       if (!(Op::repeatable >> k & 1) || stride[k]) continue;

@@ -19,7 +19,7 @@ using cuda_emulation::Schedule;
 namespace {
 
 int passed = 0, failed = 0;
-bool stop_at_first_failure = false;
+bool stop_at_first_failure = false, print_plans = false;
 
 void check(bool ok, const std::string& what) {
   ok ? ++passed : ++failed;
@@ -567,6 +567,14 @@ void large_plans() {
   }
 }
 
+void print(const Plan& plan, c10::ScalarType dtype, const LaunchPlan& b) {
+  std::printf("(%ld, %ld, %ld) %s: %ld blocks, %ld bytes of partial sums, added up by %ld loads in sequence\n",
+              long(plan.outer), long(plan.count), long(plan.inner),
+              dtype == c10::ScalarType::Float ? "float32" : "bfloat16",
+              long(b.by_rows ? b.rows.grid : b.columns.tiles * b.columns.splits), long(b.workspace_bytes),
+              b.workspace_bytes ? long(ceil_div(b.sums.parts, b.finish.ky)) : 0);
+}
+
 // What the planner promises of passes large enough for a device of 132 multiprocessors.
 void plans_of_a_large_device() {
   constexpr int64_t multiprocessors = 132;
@@ -600,6 +608,7 @@ void plans_of_a_large_device() {
           continue;
         }
         check(b.workspace_bytes <= a.workspace, what + " workspace");
+        if (print_plans) print(plan, dtype, b);
         // Terms that a thread adds one after another: first, in the block, and in the finishing kernel.
         if (b.by_rows) {
           at_most(ceil_div(plan.outer * r.vectors, r.splits * r.threads * kUnroll<Backward>), kMaxSerialSum, "steps");
@@ -619,14 +628,24 @@ void plans_of_a_large_device() {
     a.in_stride[0] = a.in_stride[1] = 1;
     a.dp[0] = &a;
     a.workspace = workspace_limit(plan.numel(), 2);
-    check(plan_launch(a, multiprocessors).sums.whole, std::to_string(plan.outer) + " rows in one kernel");
+    const LaunchPlan b = plan_launch(a, multiprocessors);
+    check(b.sums.whole, std::to_string(plan.outer) + " rows in one kernel");
+    if (print_plans) print(plan, a.dtype, b);
   }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  stop_at_first_failure = argc > 1 && std::strcmp(argv[1], "--stop-at-first-failure") == 0;
+  const auto has = [&](const char* option) {
+    return std::any_of(argv + 1, argv + argc, [&](const char* given) { return std::strcmp(given, option) == 0; });
+  };
+  stop_at_first_failure = has("--stop-at-first-failure");
+  if (has("--plans")) {  // those of backward for 132 multiprocessors, and nothing else
+    print_plans = true;
+    plans_of_a_large_device();
+    return 0;
+  }
   small_plans();
   glu_plans();
   cell_plans();
