@@ -73,8 +73,9 @@ class Kernel:
 
 
 def find_tool(name: str) -> str:
-    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / name
-    found = [shutil.which(name), str(home) if home.exists() else None]
+    found = [shutil.which(name)]
+    if home := os.environ.get("CUDA_HOME"):
+        found.append(shutil.which(name, path=f"{home}/bin"))
     for package in ("triton", "nvidia"):
         spec = importlib.util.find_spec(package)
         for folder in spec.submodule_search_locations if spec else ():
