@@ -13,6 +13,10 @@ int64_t size_along(const at::Tensor& parameter, int64_t d, int64_t dim) {
   return own < 0 ? 1 : parameter.size(own);
 }
 
+int64_t stride_along(const at::Tensor& parameter, int64_t d, int64_t dim) {
+  return size_along(parameter, d, dim) == 1 ? 0 : parameter.stride(d - dim + parameter.dim());
+}
+
 // A dimension of an array that is added to another, and the strides of both; of the other's, 0 where it is summed over.
 struct Dimension {
   int64_t size, from, to;
@@ -102,24 +106,50 @@ Broadcast::Broadcast(const at::Tensor& u, at::ArrayRef<at::Tensor> parameters, b
   plan_ = {product(order.begin(), first), product(first, last), product(last, order.end())};
 }
 
-bool Broadcast::is_flat(const at::Tensor& parameter) const {
-  return parameter.numel() == plan_.count && std::is_sorted(run_.begin(), run_.end());
+std::optional<Broadcast::Lines> Broadcast::lines(at::ArrayRef<const at::Tensor*> tensors) const {
+  Lines result{{1, 1}, {}};
+  result.strides.resize(tensors.size());
+  ParameterLines& run = result.of_run;
+  for (size_t k = run_.size(); k-- > 0;) {
+    const int64_t size = run_size(k);
+    if (size == 1) continue;
+    // f(the tensor's strides, its stride here) for all of them
+    const auto all = [&](auto f) {
+      for (size_t t = 0; t < tensors.size(); ++t)
+        if (tensors[t]->defined() && !f(result.strides[t], stride_along(*tensors[t], run_[k], sizes_.size())))
+          return false;
+      return true;
+    };
+    if (run.width == 1) {
+      all([](ParameterStrides& s, int64_t stride) { return s.within = stride, true; });
+      run.width = size;
+    } else if (run.lines == 1 && all([&](const auto& s, int64_t stride) { return stride == run.width * s.within; })) {
+      run.width *= size;
+    } else if (run.lines == 1) {
+      all([](ParameterStrides& s, int64_t stride) { return s.line = stride, true; });
+      run.lines = size;
+    } else if (all([&](const auto& s, int64_t stride) { return stride == run.lines * s.line; })) {
+      run.lines *= size;
+    } else {
+      return std::nullopt;
+    }
+  }
+  return result;
 }
 
 bool Broadcast::lies_flat(const at::Tensor& parameter) const {
-  return parameter.numel() == 1 || (is_flat(parameter) && parameter.is_contiguous());
+  return parameter.numel() == 1 ||
+         (has_all(parameter) && parameter.is_contiguous() && std::is_sorted(run_.begin(), run_.end()));
 }
 
 at::Tensor Broadcast::part(const at::Tensor& parameter, const Window& window) const {
-  const int64_t added = static_cast<int64_t>(sizes_.size()) - parameter.dim();
+  const int64_t dim = static_cast<int64_t>(sizes_.size());
   at::DimVector sizes, strides;
   int64_t offset = parameter.storage_offset();
   for (size_t k = 0; k < run_.size(); ++k) {
-    const int64_t d = run_[k] - added;
-    const bool varies = d >= 0 && parameter.size(d) != 1;
-    sizes.push_back(varies ? window.size[k] : 1);
-    strides.push_back(varies ? parameter.stride(d) : 0);
-    if (varies) offset += window.begin[k] * parameter.stride(d);
+    sizes.push_back(size_along(parameter, run_[k], dim) == 1 ? 1 : window.size[k]);
+    strides.push_back(stride_along(parameter, run_[k], dim));
+    offset += window.begin[k] * strides.back();
   }
   return parameter.as_strided(sizes, strides, offset);
 }

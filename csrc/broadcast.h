@@ -1,12 +1,13 @@
-// From the shapes and strides of u and the parameters to a Plan, and between a parameter's own shape and the plan's
-// flat run of `count` values.
+// From the shapes and strides of u and the parameters to a Plan, and from a parameter's own shape to the plan's run of
+// `count` values: as lines where it lies, or by a copy.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <optional>
 
-#include "leaf_plan.h"
+#include "leaf_args.h"
 
 namespace leaf_cuda {
 
@@ -18,6 +19,17 @@ class Broadcast {
   Broadcast(const at::Tensor& u, at::ArrayRef<at::Tensor> parameters, bool by_lines = false);
 
   const Plan& plan() const { return plan_; }
+
+  // Whether a parameter, or its gradient, has a value for each of the run.
+  bool has_all(const at::Tensor& parameter) const { return parameter.numel() == plan_.count; }
+
+  // The run as lines, and in them the strides of each tensor: those of parameters, or of their gradients, defined or
+  // not. None where the run's dimensions are more than two to them: (C, 1, W) in (C, H, W).
+  struct Lines {
+    ParameterLines of_run;
+    c10::SmallVector<ParameterStrides, 12> strides;
+  };
+  std::optional<Lines> lines(at::ArrayRef<const at::Tensor*> tensors) const;
 
   // Some of the run's parameters: `count` of them from `first` on, those at the indices `begin` to `begin + size` of
   // the run's dimensions. In u they have the elements of a Plan with gaps, from element first·inner on.
@@ -36,9 +48,6 @@ class Broadcast {
   // The parameter's values in a window, in the order of the plan: `count` of them, or one for all. No copy where memory
   // already holds them so.
   at::Tensor flatten(const at::Tensor& parameter, const Window& window) const;
-
-  // Whether `count` values in the order of the plan are a contiguous tensor of the parameter's shape.
-  bool is_flat(const at::Tensor& parameter) const;
 
   // The transpose of `flatten`: adds a window's gradients, contiguous and in the order of the plan, to a gradient of
   // the parameter's shape. Independent of the number of threads.

@@ -8,23 +8,52 @@
 
 namespace leaf_cuda {
 
-// The parameters, set by set, in the order of the plan: p[q] has `count` values, or one for all (stride[q] 1 or 0);
-// null stands for zeros.
-struct FlatParameters {
+struct ParameterIndex {
+  int64_t line, within;
+};
+
+// A plan's `count` parameters as lines of `width`, so that tensors of them are taken as they lie: in the plan's order,
+// one line; per element with u in channels_last, H·W lines of C.
+struct ParameterLines {
+  int64_t lines, width;
+
+  LEAF_FUNCTION ParameterIndex at(int64_t k) const {
+    const int64_t line = lines == 1 ? 0 : k / width;
+    return {line, k - line * width};
+  }
+  // The next one; of the last, the first.
+  LEAF_FUNCTION void advance(ParameterIndex& i) const {
+    if (++i.within < width) return;
+    i.within = 0;
+    if (++i.line == lines) i.line = 0;
+  }
+};
+
+// A tensor's distances, in elements, from line to line and within a line; 0 where it does not vary.
+struct ParameterStrides {
+  int64_t line, within;
+
+  LEAF_FUNCTION int64_t at(const ParameterIndex& i) const { return i.line * line + i.within * within; }
+};
+
+// The parameters, set by set: null, with strides of 0, stands for zeros.
+struct ParameterArgs {
   c10::ScalarType dtype;
+  ParameterLines lines;
   const void* p[kMaxParameters];
-  int64_t stride[kMaxParameters];
+  ParameterStrides strides[kMaxParameters];
 };
 
 struct Args {
   Operation operation;
   Plan plan;
-  FlatParameters parameters;
+  ParameterArgs parameters;
   c10::ScalarType dtype;  // of inputs and outputs
   const void* in[kMaxInputs];
   int in_stride[kMaxInputs];  // 1, or 0 where all of the input is one element; u's is 1
   void* out[kMaxOutputs];     // null if not needed; one may be an input that lies alike
-  void* dp[kMaxSums];         // `count` values of dp_dtype each; null if not needed
+  void* dp[kMaxSums];         // one value for each of the `count` parameters; null if not needed
+  ParameterStrides dp_strides[kMaxSums];
   c10::ScalarType dp_dtype;
   int64_t workspace;  // bytes that partial sums may take
   // For pitched operations: element i of an operand is at i / run · its pitch + i % run; the plan's `inner` is then 1

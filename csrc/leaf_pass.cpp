@@ -65,8 +65,7 @@ Pass::Pass(Operation operation, const Tensor& u, at::ArrayRef<OptionalTensor> pa
   args_.dtype = u.scalar_type();
   args_.parameters.dtype = parameters[0]->scalar_type();
   args_.workspace = workspace_limit(u.numel(), u.element_size());
-  for (size_t q = 0; q < parameters.size(); ++q)
-    if (parameters[q]) parameters_[q] = *parameters[q];
+  for (const OptionalTensor& p : parameters) parameters_.push_back(p.value_or(Tensor()));
   args_.in[0] = u.const_data_ptr();
   args_.in_stride[0] = 1;
   if (!by_lines) return;
@@ -101,14 +100,39 @@ int64_t Pass::window_size(int64_t bytes) {
   return size;
 }
 
+bool Pass::run_in_place(Run by, const std::array<Tensor, 4>& dp) {
+  c10::SmallVector<const Tensor*, 12> tensors;
+  for (const Tensor& p : parameters_) tensors.push_back(&p);
+  for (const Tensor& d : dp) tensors.push_back(&d);
+  const auto lines = broadcast_.lines(tensors);
+  if (!lines) return false;
+  Args args = args_;
+  args.parameters.lines = lines->of_run;
+  for (size_t q = 0; q < parameters_.size(); ++q) {
+    if (!parameters_[q].defined()) continue;
+    args.parameters.p[q] = parameters_[q].const_data_ptr();
+    args.parameters.strides[q] = lines->strides[q];
+  }
+  args.dp_dtype = args.parameters.dtype;
+  for (size_t q = 0; q < dp.size(); ++q) {
+    if (!dp[q].defined()) continue;
+    args.dp[q] = dp[q].mutable_data_ptr();
+    args.dp_strides[q] = lines->strides[parameters_.size() + q];
+  }
+  by(args, u_);
+  return true;
+}
+
 void Pass::run_window(Run by, const Broadcast::Window& window, Args args) const {
-  std::array<Tensor, kMaxParameters> flat;
-  for (int q = 0; q < kMaxParameters; ++q) {
+  c10::SmallVector<Tensor, 8> flat(parameters_.size());
+  args.parameters.lines = {1, window.count};
+  for (size_t q = 0; q < parameters_.size(); ++q) {
     if (!parameters_[q].defined()) continue;
     flat[q] = broadcast_.flatten(parameters_[q], window);
     args.parameters.p[q] = flat[q].const_data_ptr();
-    args.parameters.stride[q] = flat[q].numel() == 1 ? 0 : 1;
+    args.parameters.strides[q] = {0, flat[q].numel() == 1 ? 0 : 1};
   }
+  for (ParameterStrides& s : args.dp_strides) s = {0, 1};
   args.plan.count = window.count;
   const int64_t offset = window.first * args.plan.inner * u_.element_size();
   for (int k = 0; k < kMaxInputs; ++k)
@@ -119,43 +143,42 @@ void Pass::run_window(Run by, const Broadcast::Window& window, Args args) const 
 }
 
 void Pass::run(Run by) {
+  if (run_in_place(by, {})) return;
   broadcast_.for_each_window(window_size(0), [&](const auto& window) { run_window(by, window, args_); });
 }
 
 std::array<Tensor, 4> Pass::run_with_sums(Run by, std::array<bool, 4> wanted) {
-  // Where every gradient has its parameter's own shape, the loops write it; else it is summed to that shape from
-  // `count` values in the arithmetic dtype.
   int64_t sums = 0;
-  bool flat = true;
+  bool all = true;
   for (int q = 0; q < 4; ++q) {
     wanted[q] = wanted[q] && parameters_[q].defined();
     sums += wanted[q];
-    flat = flat && (!wanted[q] || broadcast_.is_flat(parameters_[q]));
+    all = all && (!wanted[q] || broadcast_.has_all(parameters_[q]));
   }
-  const at::ScalarType arithmetic = at::toOpMathType(args_.dtype);
-  const int64_t limit = args_.workspace, size = window_size(flat ? 0 : sums * c10::elementSize(arithmetic));
-  const bool direct = flat && size == args_.plan.count;
-  args_.dp_dtype = direct ? args_.parameters.dtype : arithmetic;
-  std::array<Tensor, 4> dp, window_dp;
+  std::array<Tensor, 4> dp;
+  if (all) {
+    for (int q = 0; q < 4; ++q)
+      if (wanted[q]) dp[q] = at::empty(parameters_[q].sizes(), parameters_[q].options());
+    if (run_in_place(by, dp)) return dp;
+  }
+  args_.dp_dtype = at::toOpMathType(args_.dtype);
+  const int64_t limit = args_.workspace, size = window_size(sums * c10::elementSize(args_.dp_dtype));
+  std::array<Tensor, 4> window_dp;
   for (int q = 0; q < 4; ++q) {
     if (!wanted[q]) continue;
     const Tensor& p = parameters_[q];
-    if (direct) {
-      window_dp[q] = dp[q] = at::empty(p.sizes(), p.options());
-    } else {
-      // Of few parameters each may be in many windows: their sums take a quarter of the limit, in double.
-      const int64_t bytes = sizeof(double) * p.numel();
-      const bool fits = 16 * bytes <= limit;
-      if (fits) args_.workspace -= bytes;
-      dp[q] = at::zeros(p.sizes(), p.options().dtype(fits ? at::kDouble : arithmetic));
-      window_dp[q] = at::empty({size}, p.options().dtype(arithmetic));
-    }
+    // Of few parameters each may be in many windows: their sums take a quarter of the limit, in double.
+    const int64_t bytes = sizeof(double) * p.numel();
+    const bool fits = 16 * bytes <= limit;
+    if (fits) args_.workspace -= bytes;
+    dp[q] = at::zeros(p.sizes(), p.options().dtype(fits ? at::kDouble : args_.dp_dtype));
+    window_dp[q] = at::empty({size}, p.options().dtype(args_.dp_dtype));
     args_.dp[q] = window_dp[q].mutable_data_ptr();
   }
   broadcast_.for_each_window(size, [&](const auto& window) {
     run_window(by, window, args_);
     for (int q = 0; q < 4; ++q)
-      if (wanted[q] && !direct) broadcast_.add(window_dp[q].narrow(0, 0, window.count), window, dp[q]);
+      if (wanted[q]) broadcast_.add(window_dp[q].narrow(0, 0, window.count), window, dp[q]);
   });
   for (int q = 0; q < 4; ++q)
     if (wanted[q]) dp[q] = dp[q].to(args_.parameters.dtype);

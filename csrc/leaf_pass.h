@@ -1,7 +1,8 @@
 // One pass of an operation over u: its plan and arguments, made of tensors of any layout.
 //
-// Where parameters do not lie as the plan takes them, they are copied, and their gradients made in sums of that shape.
-// Both may take half of workspace_limit; so where there are many, the pass runs window by window (Broadcast::Window).
+// Parameters are read, and their gradients written, where they lie. Where that cannot be (Broadcast::lines), or some
+// have fewer values than the plan, they are copied and their gradients summed from `count` values each. Both may take
+// half of workspace_limit; so where there are many, the pass runs window by window (Broadcast::Window).
 #pragma once
 
 #include <array>
@@ -40,13 +41,15 @@ class Pass {
   std::array<Tensor, 4> run_with_sums(Run by, std::array<bool, 4> wanted);
 
  private:
+  // Runs and returns true, if the parameters and these gradients need no copies.
+  bool run_in_place(Run by, const std::array<Tensor, 4>& dp);
   // How many parameters a window may have, when each takes so many bytes beside its copies.
   int64_t window_size(int64_t bytes);
   void run_window(Run by, const Broadcast::Window& window, Args args) const;
 
   const Tensor& u_;
   Broadcast broadcast_;
-  std::array<Tensor, kMaxParameters> parameters_;  // undefined where there is none
+  c10::SmallVector<Tensor, 8> parameters_;  // undefined where there is none
   std::array<Tensor, kMaxInputs> inputs_;
   Args args_{};
   int next_input_ = 1, next_output_ = 0;

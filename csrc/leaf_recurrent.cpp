@@ -194,13 +194,14 @@ class StepPass {
     args_.dtype = h.scalar_type();
     args_.run = hidden_;
     args_.parameters.dtype = parameters[0]->scalar_type();
+    args_.parameters.lines = {1, hidden_};
     for (int q = 0; q < 4; ++q) {
       parameters_[q] = parameters[q]->contiguous();
       const Tensor& p = parameters_[q];
       for (int set = 0; set < cell.sets; ++set) {
         args_.parameters.p[4 * set + q] =
             static_cast<const char*>(p.const_data_ptr()) + set * p.size(1) * p.element_size();
-        args_.parameters.stride[4 * set + q] = p.size(1) == 1 ? 0 : 1;
+        args_.parameters.strides[4 * set + q] = {0, p.size(1) == 1 ? 0 : 1};
       }
     }
   }
@@ -225,9 +226,11 @@ class StepPass {
   void set_sums(const Tensor& sums) {
     args_.dp_dtype = sums.scalar_type();
     for (int q = 0; q < 4; ++q)
-      for (int set = 0; set < cell_.sets; ++set)
+      for (int set = 0; set < cell_.sets; ++set) {
         args_.dp[4 * set + q] =
             static_cast<char*>(sums.mutable_data_ptr()) + (q * cell_.sets + set) * hidden_ * sums.element_size();
+        args_.dp_strides[4 * set + q] = {0, 1};
+      }
   }
 
   void run(Run by, int64_t rows) {

@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 KERNELS, PLANNER, LAUNCH = "csrc/cuda/leaf_kernels.cuh", "csrc/cuda/launch_plan.h", "csrc/cuda/leaf_launch.cuh"
-OPERATIONS = "csrc/leaf_operations.h"
+OPERATIONS, ARGS = "csrc/leaf_operations.h", "csrc/leaf_args.h"
 
 MUTATIONS = {
     "none": (KERNELS, "", ""),
@@ -49,9 +49,12 @@ MUTATIONS = {
     "partial sums of another gradient": (KERNELS, "(q * parts + y) * count", "(q + y) * count"),
     "a term too few in the columns' sum": (KERNELS, "term < terms;", "term + 1 < terms;"),
     "a period's sums in another's place": (KERNELS, "c.period_parts + slot / c.count", "c.period_parts"),
-    "parameters in vectors across periods": (LAUNCH, "a.plan.inner == 1 && whole(a.plan.count)", "a.plan.inner == 1"),
-    "parameters in vectors where not aligned": (LAUNCH, "&= is_aligned(a.parameters.p[q]);", "&= true;"),
-    "one parameter for a vector of columns": (KERNELS, "if (N == 1 || !f.stride[q]) return", "return"),
+    "parameters in vectors across periods": (LAUNCH, " && whole(a.parameters.lines.width);", ";"),
+    "parameters in vectors where not aligned": (LAUNCH, " && is_aligned(a.parameters.p[q]));", ");"),
+    "parameters in vectors where lines are not aligned": (LAUNCH, " && whole(s.line)", ""),
+    "one parameter for a vector of columns": (KERNELS, "if (N == 1 || !a.strides[q].within) return", "return"),
+    "behind the last line of parameters": (ARGS, "if (++i.line == lines) i.line = 0;", "++i.line;"),
+    "gradients in the plan's order": (KERNELS, "dp_strides[q].at(lines.at(k))", "k"),
     "the forget gate by the new state": (OPERATIONS, "gradient<M>(in[1], dc * in[4],", "gradient<M>(in[1], dc * c,"),
     "the reset gate by the state": (OPERATIONS, "out[2] * in[3]", "out[2] * in[4]"),
     "no look at the pointers' alignment": (LAUNCH, ") % 16 == 0;", ") % 1 == 0;"),

@@ -73,56 +73,73 @@ void dispatch_value_type(at::ScalarType dtype, F f) {
   }
 }
 
-// f(q, p, stride) for each of an operation's `sets` of parameters, p of its own type; p points to a zero where there is
-// none.
+// f(q, p, strides) for each of an operation's `sets` of parameters, p of its own type; p points to a zero where there
+// is none.
 template <int sets, class F>
-void for_each_parameter(const FlatParameters& parameters, F f) {
+void for_each_parameter(const ParameterArgs& parameters, F f) {
   dispatch_value_type(parameters.dtype, [&](auto zero) {
     using P = decltype(zero);
     for (int q = 0; q < 4 * sets; ++q)
-      f(q, parameters.p[q] ? static_cast<const P*>(parameters.p[q]) : &zero, parameters.stride[q]);
+      f(q, parameters.p[q] ? static_cast<const P*>(parameters.p[q]) : &zero, parameters.strides[q]);
   });
 }
 
 template <int sets>
-void segment_parameters(const FlatParameters& parameters, int64_t index, double* out) {
-  for_each_parameter<sets>(
-      parameters, [&](int q, const auto* p, int64_t stride) { out[q] = static_cast<double>(p[index * stride]); });
+void segment_parameters(const ParameterArgs& parameters, int64_t k, double* out) {
+  const ParameterIndex index = parameters.lines.at(k);
+  for_each_parameter<sets>(parameters, [&](int q, const auto* p, const ParameterStrides& strides) {
+    out[q] = static_cast<double>(p[strides.at(index)]);
+  });
 }
 
-// The parameters of the columns first ... first + columns of a block, on to the next multiple of kColumnMultiple, in
-// the arithmetic type T: where they lie, or in a buffer.
+// The n parameters from `first` on, behind the last the first again, in runs of which a tensor has the values as near
+// to one another as can be: f(k, size, step, from, stride) of the k-th, (k + step)-th, ... of them, `size` in all,
+// which the tensor has at `from`, from + stride, ...
+template <class F>
+void for_each_run(const ParameterLines& lines, const ParameterStrides& strides, int64_t first, int64_t n, F f) {
+  const bool across = lines.lines > 1 && strides.line < strides.within;
+  const int64_t step = across ? lines.width : 1, stride = across ? strides.line : strides.within;
+  for (int64_t begin = 0; begin < std::min(n, step); ++begin)
+    for (int64_t k = begin, size; k < n; k += size * step) {
+      const ParameterIndex index = lines.at((first + k) % (lines.lines * lines.width));
+      const int64_t left = across ? lines.lines - index.line : lines.width - index.within;
+      size = std::min((n - k + step - 1) / step, left);
+      f(k, size, step, strides.at(index), stride);
+    }
+}
+
+// The parameters of the columns from `first` on, the first of a parameter's own, on to the next multiple of
+// kColumnMultiple, in the arithmetic type T: where they lie, or in a buffer.
 template <class T, int sets, int64_t kBlock>
 class ColumnParameters {
  public:
-  ColumnParameters(const FlatParameters& parameters, const Plan& plan, int64_t fold, int64_t first, int64_t columns) {
+  ColumnParameters(const ParameterArgs& parameters, const Plan& plan, int64_t fold, int64_t first, int64_t columns) {
     const int64_t padded = (columns + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple;
-    const bool in_place = plan.inner == 1 && fold == 1 && first + padded <= plan.count;
-    for_each_parameter<sets>(parameters, [&](int q, const auto* p, int64_t stride) {
+    const ParameterLines& lines = parameters.lines;
+    const int64_t k = first / plan.inner % plan.count;
+    const ParameterIndex index = lines.at(k);
+    const bool in_place = plan.inner == 1 && fold == 1 && index.within + padded <= lines.width;
+    for_each_parameter<sets>(parameters, [&](int q, const auto* p, const ParameterStrides& strides) {
       p_[q] = buffer_[q];
       if constexpr (std::is_same_v<decltype(p), const T*>)
-        if (in_place && stride == 1) {
-          p_[q] = p + first;
+        if (in_place && strides.within == 1) {
+          p_[q] = p + strides.at(index);
           return;
         }
-      fill(p, stride, plan, first, padded, buffer_[q]);
+      T* const out = buffer_[q];
+      const int64_t n = (padded + plan.inner - 1) / plan.inner;
+      for_each_run(lines, strides, k, n, [&](int64_t to, int64_t size, int64_t step, int64_t from, int64_t stride) {
+        for (int64_t j = 0; j < size; ++j) out[to + j * step] = static_cast<T>(p[from + j * stride]);
+      });
+      if (plan.inner > 1)  // each for its columns, from the last, so that none is written over
+        for (int64_t j = n; j-- > 0;)
+          std::fill(out + j * plan.inner, out + std::min(padded, (j + 1) * plan.inner), T(out[j]));
     });
   }
 
   operator const void* const*() const { return p_; }
 
  private:
-  template <class P>
-  static void fill(const P* p, int64_t stride, const Plan& plan, int64_t first, int64_t n, T* out) {
-    if (stride == 0) {
-      std::fill_n(out, n, static_cast<T>(*p));
-      return;
-    }
-    int64_t index = first / plan.inner % plan.count, within = first % plan.inner;
-    for (int64_t k = 0; k < n; within = 0, index = index + 1 == plan.count ? 0 : index + 1)
-      for (; k < n && within < plan.inner; ++within) out[k++] = static_cast<T>(p[index]);
-  }
-
   const void* p_[4 * sets];
   alignas(kVectorBytes) T buffer_[4 * sets][kBlock];
 };
@@ -226,14 +243,20 @@ bool beyond_caches(const Plan& plan, at::ScalarType dtype) {
   return plan.numel() * static_cast<int64_t>(c10::elementSize(dtype)) > kBeyondCaches;
 }
 
-// dp[q][first + k] = sums[q·stride + k], k < n
+// Parameter first + k has the gradients sums[q·stride + k], k < n.
 template <class Op, class T>
 void write_gradients(const Args& a, int64_t first, int64_t n, const T* sums, int64_t stride) {
   dispatch_value_type(a.dp_dtype, [&](auto zero) {
     using P = decltype(zero);
-    for (int q = 0; q < Op::sums; ++q)
-      if (a.dp[q])
-        for (int64_t k = 0; k < n; ++k) static_cast<P*>(a.dp[q])[first + k] = static_cast<P>(sums[q * stride + k]);
+    for (int q = 0; q < Op::sums; ++q) {
+      if (!a.dp[q]) continue;
+      P* const dp = static_cast<P*>(a.dp[q]);
+      const T* const from = sums + q * stride;
+      for_each_run(a.parameters.lines, a.dp_strides[q], first, n,
+                   [&](int64_t k, int64_t size, int64_t step, int64_t to, int64_t to_stride) {
+                     for (int64_t j = 0; j < size; ++j) dp[to + j * to_stride] = static_cast<P>(from[k + j * step]);
+                   });
+    }
   });
 }
 

@@ -38,7 +38,7 @@ constexpr int64_t max_grid(int64_t multiprocessors) { return multiprocessors * k
 struct RowsLaunch {
   int64_t outer, count, inner, pitch;
   int64_t vectors;  // slots for vectors in a row; the last may be empty
-  int64_t splits;
+  int64_t splits, items;
   // A thread goes on by splits·threads slots: so many rows and vectors.
   int64_t step_rows, step_vectors;
   int64_t step;  // the elements of step_rows
@@ -60,7 +60,8 @@ inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t mu
   r.step_rows = r.splits * r.threads / r.vectors;
   r.step_vectors = r.splits * r.threads % r.vectors;
   r.step = r.step_rows * r.pitch;
-  r.grid = std::min(r.count * r.splits, max_grid(multiprocessors));
+  r.items = r.count * r.splits;
+  r.grid = std::min(r.items, max_grid(multiprocessors));
   return r;
 }
 

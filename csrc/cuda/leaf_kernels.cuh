@@ -129,43 +129,41 @@ __device__ __forceinline__ void with_type(c10::ScalarType type, const F& f) {
     f(Arithmetic<S>());
 }
 
-// Parameter q, of type P, at the indices k, ..., k + N − 1: all are loaded before one is used.
+// Parameter q, of type P, at an index and the N − 1 behind it in its line: all are loaded before one is used.
 template <class P, int N>
 struct LoadedParameter {
   static constexpr int per_word = N == 1 ? 1 : 16 / sizeof(P);
   static_assert(N % per_word == 0);
   Word<P, per_word> words[N / per_word];
-  P one;  // where all are one
+  P one;  // where the line has but one
 
-  __device__ __forceinline__ void load(const FlatParameters& f, int q, int64_t k) {
-    const P* const p = static_cast<const P*>(f.p[q]);
-    if (!p) return;
-    if (N == 1 || !f.stride[q]) {
-      one = p[N == 1 ? k * f.stride[q] : 0];
+  __device__ __forceinline__ void load(const ParameterArgs& a, int q, const ParameterIndex& index) {
+    const P* const p = static_cast<const P*>(a.p[q]) + a.strides[q].at(index);
+    if (N == 1 || !a.strides[q].within) {
+      one = a.p[q] ? *p : P();
     } else {
 #pragma unroll
-      for (int w = 0; w < N / per_word; ++w) words[w] = load_word<P, per_word>(p + k + w * per_word);
+      for (int w = 0; w < N / per_word; ++w) words[w] = load_word<P, per_word>(p + w * per_word);
     }
   }
   template <class A>
-  __device__ __forceinline__ A value(const FlatParameters& f, int q, int e) const {
-    if (!f.p[q]) return 0;
-    if (N == 1 || !f.stride[q]) return static_cast<A>(one);
+  __device__ __forceinline__ A value(const ParameterArgs& a, int q, int e) const {
+    if (N == 1 || !a.strides[q].within) return static_cast<A>(one);
     return static_cast<A>(elements<P, per_word>(words[e / per_word]).at[e % per_word]);
   }
 };
 
-// An operation's sets of parameters at the indices k, ..., k + N − 1: p[e·sets + set].
+// An operation's sets of parameters at an index and the N − 1 behind it: p[e·sets + set].
 template <class P, int sets, int N, class A>
-__device__ __forceinline__ void load_parameters(const FlatParameters& f, int64_t k, Parameters<A>* p) {
+__device__ __forceinline__ void load_parameters(const ParameterArgs& a, const ParameterIndex& index, Parameters<A>* p) {
   LoadedParameter<P, N> loaded[4 * sets];
 #pragma unroll
-  for (int q = 0; q < 4 * sets; ++q) loaded[q].load(f, q, k);
+  for (int q = 0; q < 4 * sets; ++q) loaded[q].load(a, q, index);
 #pragma unroll
   for (int set = 0; set < sets; ++set)
 #pragma unroll
     for (int e = 0; e < N; ++e) {
-      const auto value = [&](int q) { return loaded[4 * set + q].template value<A>(f, 4 * set + q, e); };
+      const auto value = [&](int q) { return loaded[4 * set + q].template value<A>(a, 4 * set + q, e); };
       p[e * sets + set] = {value(0), value(1), value(2), value(3)};
     }
 }
@@ -355,14 +353,17 @@ struct SumTarget {
   bool wanted;
   PartialSums layout;
   Arithmetic<S>* partial;
-  void* dp[sums ? sums : 1];
   c10::ScalarType dp_dtype;
+  ParameterLines lines;
+  void* dp[sums ? sums : 1];
+  ParameterStrides dp_strides[sums ? sums : 1];
 
   __device__ __forceinline__ void store_gradient(int q, int64_t k, Arithmetic<S> value) const {
     if (!dp[q]) return;
+    const int64_t at = dp_strides[q].at(lines.at(k));
     with_type<S>(dp_dtype, [&](auto zero) {
       using P = decltype(zero);
-      static_cast<P*>(dp[q])[k] = static_cast<P>(value);
+      static_cast<P*>(dp[q])[at] = static_cast<P>(value);
     });
   }
   __device__ __forceinline__ void store(int q, int64_t part, int64_t k, Arithmetic<S> value) const {
@@ -375,14 +376,16 @@ struct SumTarget {
 
 template <class Op, class S, int N, int Unroll>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
-    rows(RowsLaunch r, FlatParameters parameters, Operands<Op, S> a,
+    rows(RowsLaunch r, ParameterArgs parameters, Operands<Op, S> a,
          const __grid_constant__ SumTarget<Op::sums, S> target) {
   using A = Arithmetic<S>;
   const auto repeated = a.template load_repeated<N>();
-  for (int64_t item = blockIdx.x; item < r.count * r.splits; item += gridDim.x) {
+  for (int64_t item = blockIdx.x; item < r.items; item += gridDim.x) {
     const int64_t k = item % r.count, split = item / r.count;
+    const ParameterIndex index = parameters.lines.at(k);
     Parameters<A> p[Op::sets];
-    with_type<S>(parameters.dtype, [&](auto zero) { load_parameters<decltype(zero), Op::sets, 1>(parameters, k, p); });
+    with_type<S>(parameters.dtype,
+                 [&](auto zero) { load_parameters<decltype(zero), Op::sets, 1>(parameters, index, p); });
     A sum[kSums<Op>] = {};
     RowCursor<N> cursor(r, k, split * r.threads + threadIdx.x);
     while (cursor.in_range()) {
@@ -444,17 +447,17 @@ struct ColumnThread {
   }
 };
 
+// Those of N columns, from number `within` of the `inner` that have the index's on.
 template <class P, int sets, int N, class A>
-__device__ __forceinline__ void load_column_parameters(const ColumnsLaunch& c, const FlatParameters& f, int64_t column,
-                                                       Parameters<A>* p) {
-  int64_t k = column / c.inner % c.count, within = column % c.inner;
-  if (N > 1 && c.parameter_vectors) return load_parameters<P, sets, N>(f, k, p);
+__device__ __forceinline__ void load_column_parameters(const ColumnsLaunch& c, const ParameterArgs& a,
+                                                       ParameterIndex index, int64_t within, Parameters<A>* p) {
+  if (N > 1 && c.parameter_vectors) return load_parameters<P, sets, N>(a, index, p);
 #pragma unroll
   for (int e = 0; e < N; ++e) {
-    load_parameters<P, sets, 1>(f, k, p + e * sets);
+    load_parameters<P, sets, 1>(a, index, p + e * sets);
     if (++within == c.inner) {
       within = 0;
-      if (++k == c.count) k = 0;
+      a.lines.advance(index);
     }
   }
 }
@@ -497,15 +500,17 @@ __device__ __forceinline__ void store_sums_of_columns(const ColumnsLaunch& c, co
 
 template <class Op, class S, int N, int Unroll>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
-    columns(ColumnsLaunch c, FlatParameters parameters, Operands<Op, S> a,
+    columns(ColumnsLaunch c, ParameterArgs parameters, Operands<Op, S> a,
             const __grid_constant__ SumTarget<Op::sums, S> target) {
   using A = Arithmetic<S>;
   const ColumnThread<N> t(c);
   A sum[N * kSums<Op>] = {};
   if (t.active) {
     Parameters<A> p[N * Op::sets];
-    with_type<S>(parameters.dtype,
-                 [&](auto zero) { load_column_parameters<decltype(zero), Op::sets, N>(c, parameters, t.column, p); });
+    const ParameterIndex index = parameters.lines.at(t.column / c.inner % c.count);
+    with_type<S>(parameters.dtype, [&](auto zero) {
+      load_column_parameters<decltype(zero), Op::sets, N>(c, parameters, index, t.column % c.inner, p);
+    });
     // Where a row is, for these columns: of pitched operations in lines, of which it has one or more, else in elements.
     const int64_t per_row = Op::pitched ? c.columns.width / c.line : c.columns.stride;
     const int64_t first = Op::pitched ? t.column / c.line : t.column, in_line = Op::pitched ? t.column % c.line : 0;

@@ -72,16 +72,33 @@ struct Case {
   // Of the gated unit: elements between the lines of an operand, -1 for dense operands; lines that `count` makes.
   int64_t gap = -1, lines = 1;
   int64_t parameter_offset = 0;
+  // Lines of parameters and gradients: transposed, or with so many elements between. Of parameter 0 each line has but
+  // one value.
+  int64_t parameter_lines = 1, parameter_gap = -1;
+
+  ParameterLines lines_of_parameters() const { return {parameter_lines, plan.count / parameter_lines}; }
+  ParameterStrides strides(int q) const {
+    const auto [all, width] = lines_of_parameters();
+    if (q == shared_parameter) return {0, 0};
+    if (q == 0 && all > 1) return {1, 0};
+    return gradient_strides();
+  }
+  ParameterStrides gradient_strides() const {
+    const auto [all, width] = lines_of_parameters();
+    return parameter_gap < 0 ? ParameterStrides{1, all} : ParameterStrides{width + parameter_gap, 1};
+  }
+  int64_t parameter_extent() const { return plan.count + std::max<int64_t>(parameter_gap, 0) * parameter_lines; }
 };
 
 std::string name(const Case& c, const char* type, const char* what) {
-  char text[200];
+  char text[300];
   std::snprintf(text, sizeof(text),
                 "%s %s (%ld, %ld, %ld) pitch %ld offset %ld grad stride %d shared %ld p2p4 %d du %d mp %ld gap %ld "
-                "lines %ld parameter offset %ld",
+                "lines %ld parameter offset %ld lines %ld gap %ld",
                 what, type, long(c.plan.outer), long(c.plan.count), long(c.plan.inner), long(c.plan.pitch),
                 long(c.offset), c.grad_stride, long(c.shared_parameter), c.p2_and_p4, c.want_du,
-                long(c.multiprocessors), long(c.gap), long(c.lines), long(c.parameter_offset));
+                long(c.multiprocessors), long(c.gap), long(c.lines), long(c.parameter_offset), long(c.parameter_lines),
+                long(c.parameter_gap));
   return text;
 }
 
@@ -129,7 +146,10 @@ void run_operation(const Case& c, const char* type, Args args, std::vector<Buffe
     return args.run ? i / args.run * args.out_pitch[k] + i % args.run : c.plan.at(i);
   };
   for (size_t k = 0; k < out.size(); ++k) args.out[k] = out[k].data;
-  for (size_t q = 0; q < dp.size(); ++q) args.dp[q] = args.parameters.p[q] ? dp[q].data : nullptr;
+  for (size_t q = 0; q < dp.size(); ++q) {
+    args.dp[q] = args.parameters.p[q] ? dp[q].data : nullptr;
+    args.dp_strides[q] = c.gradient_strides();
+  }
   args.dp_dtype = kType<P>;
   if (!dp.empty() && !c.want_du) args.out[0] = nullptr;
 
@@ -167,11 +187,16 @@ void run_operation(const Case& c, const char* type, Args args, std::vector<Buffe
   }
   for (size_t q = 0; q < dp.size(); ++q) {
     bool ok = true;
-    if (args.dp[q])
-      for (int64_t k = 0; k < dp[q].n; ++k)
-        ok = ok &&
-             close<P>(static_cast<double>(dp[q].data[k]), expected_dp[q].value[k], expected_dp[q].scale[k], 2 * ulps);
+    std::vector<bool> written(dp[q].n);
+    for (int64_t k = 0; args.dp[q] && k < c.plan.count; ++k) {
+      const int64_t at = args.dp_strides[q].at(args.parameters.lines.at(k));
+      written[at] = true;
+      ok = ok &&
+           close<P>(static_cast<double>(dp[q].data[at]), expected_dp[q].value[k], expected_dp[q].scale[k], 2 * ulps);
+    }
     check(ok, named(("gradient " + std::to_string(q)).c_str()));
+    for (int64_t i = 0; i < dp[q].n; ++i) ok = ok && (written[i] || std::isnan(static_cast<double>(dp[q].data[i])));
+    check(ok, named(("gaps of gradient " + std::to_string(q)).c_str()));
   }
 }
 
@@ -188,12 +213,13 @@ void run(const Case& c, const char* type) {
   args.dtype = kType<S>;
   args.workspace = workspace_limit(c.plan.numel(), sizeof(S));
   args.parameters.dtype = kType<P>;
+  args.parameters.lines = c.lines_of_parameters();
   for (int q = 0; q < 8; ++q) {
-    p.emplace_back(q == c.shared_parameter ? 1 : count, c.parameter_offset);
+    p.emplace_back(q == c.shared_parameter ? 1 : c.parameter_extent(), c.parameter_offset);
     p[q].fill(random);
     if (q % 2 == 1 && !c.p2_and_p4) continue;
     args.parameters.p[q] = p[q].data;
-    args.parameters.stride[q] = q == c.shared_parameter ? 0 : 1;
+    args.parameters.strides[q] = c.strides(q);
   }
   const void* in[] = {u.data, grad.data, v.data};
   const int strides[] = {1, c.grad_stride, 1};
@@ -207,7 +233,7 @@ void run(const Case& c, const char* type) {
     const int64_t k = i / c.plan.inner % count;
     const auto value = [&](int q) {
       const P* const own = static_cast<const P*>(args.parameters.p[q]);
-      return own ? static_cast<double>(own[k * args.parameters.stride[q]]) : 0.0;
+      return own ? static_cast<double>(own[args.parameters.strides[q].at(args.parameters.lines.at(k))]) : 0.0;
     };
     const double x = static_cast<double>(u.data[c.plan.at(i)]);
     const double g = static_cast<double>(grad.data[c.plan.at(i) * c.grad_stride]);
@@ -246,11 +272,11 @@ void run(const Case& c, const char* type) {
   buffers(out, 1, extent);
   args.operation = Operation::forward;
   run_operation<S, P>(c, type, args, out, dp, {y}, {}, 4);
-  buffers(dp, 4, count);
+  buffers(dp, 4, c.parameter_extent());
   args.operation = Operation::backward;
   run_operation<S, P>(c, type, args, out, dp, {du}, sums, 8);
   buffers(out, 2, extent);
-  buffers(dp, 3, count);
+  buffers(dp, 3, c.parameter_extent());
   args.operation = Operation::double_backward;
   run_operation<S, P>(c, type, args, out, dp, {dgrad, ddu}, double_sums, 8);
 }
@@ -265,6 +291,7 @@ void run_glu(const Case& c, const char* type) {
   args.dtype = kType<S>;
   args.workspace = workspace_limit(c.plan.numel(), sizeof(S));
   args.parameters.dtype = kType<P>;
+  args.parameters.lines = c.lines_of_parameters();
   args.run = c.gap < 0 ? 0 : count / c.lines;
   // Each its own; whole vectors apart where the run and the gap make whole vectors.
   const auto pitch = [&](int k) { return args.run + c.gap + 16 * k; };
@@ -283,7 +310,7 @@ void run_glu(const Case& c, const char* type) {
     p[q].fill(random);
     if (q % 2 == 1 && !c.p2_and_p4) continue;
     args.parameters.p[q] = p[q].data;
-    args.parameters.stride[q] = q == c.shared_parameter ? 0 : 1;
+    args.parameters.strides[q] = c.strides(q);
   }
   Expected y(n), da(n), db(n);
   std::vector<Expected> sums(4, Expected(count));
@@ -291,7 +318,7 @@ void run_glu(const Case& c, const char* type) {
     const int64_t k = i / c.plan.inner % count;
     const auto value = [&](int q) {
       const P* const own = static_cast<const P*>(args.parameters.p[q]);
-      return own ? static_cast<double>(own[k * args.parameters.stride[q]]) : 0.0;
+      return own ? static_cast<double>(own[args.parameters.strides[q].at(args.parameters.lines.at(k))]) : 0.0;
     };
     const auto input = [&](int which) { return static_cast<double>(in[which].data[at(which, i)]); };
     const double x = input(0), b = input(1), grad = input(2), g = grad * b, p1 = value(0), p3 = value(2), p4 = value(3);
@@ -351,6 +378,7 @@ void run_cell(bool lstm, const Case& c, const char* type) {
   args.dtype = kType<S>;
   args.workspace = workspace_limit(c.plan.numel(), sizeof(S));
   args.parameters.dtype = kType<P>;
+  args.parameters.lines = c.lines_of_parameters();
   args.run = count;
   const auto pitch = [&](int k) { return count + c.gap + 16 * k; };
   const auto at = [&](int k, int64_t i) { return i / count * pitch(k) + i % count; };
@@ -371,14 +399,14 @@ void run_cell(bool lstm, const Case& c, const char* type) {
     p.emplace_back(q == c.shared_parameter ? 1 : count);
     fill(p[q]);
     args.parameters.p[q] = p[q].data;
-    args.parameters.stride[q] = q == c.shared_parameter ? 0 : 1;
+    args.parameters.strides[q] = c.strides(q);
   }
   std::vector<Expected> forward(lstm ? 2 : 1, Expected(n)), backward(5, Expected(n)), sums(4 * sets, Expected(count));
   for (int64_t i = 0; i < n; ++i) {
     double x[7], own[5][4];
     for (int k = 0; k < inputs; ++k) x[k] = static_cast<double>(in[k].data[at(k, i)]);
     for (int q = 0; q < 4 * sets; ++q)
-      own[q / 4][q % 4] = static_cast<double>(p[q].data[i % count * args.parameters.stride[q]]);
+      own[q / 4][q % 4] = static_cast<double>(p[q].data[i % count * args.parameters.strides[q].within]);
     const auto set = [&](std::vector<Expected>& results, int k, double value) {
       results[k].add(i, value, 1 + std::abs(value));
     };
@@ -505,6 +533,23 @@ void small_plans() {
     c.parameter_offset = 1;
     run_types(c);
   }
+  // Parameters as lines of 10, 8, 16, 5 and 3: of whole vectors and not, in columns and in rows.
+  for (const Plan& plan : {Plan{33, 40, 1}, Plan{20, 64, 1}, Plan{150, 80, 1}, Plan{60, 15, 2}, Plan{3, 6, 80}})
+    for (int64_t gap : {-1, 0, 8})
+      for (int64_t multiprocessors : {1, 132}) {
+        Case c{plan};
+        c.parameter_lines = plan.count == 40   ? 4
+                            : plan.count == 64 ? 8
+                            : plan.count == 80 ? 5
+                            : plan.count == 15 ? 3
+                                               : 2;
+        c.parameter_gap = gap;
+        c.multiprocessors = multiprocessors;
+        run_types(c);
+        c.shared_parameter = 2;
+        c.want_du = c.p2_and_p4 = false;
+        run_types(c);
+      }
   // With gaps, of whole vectors and not.
   for (int64_t gap : {1, 8, 16})
     for (const Plan& plan : {Plan{3, 5, 1}, Plan{5, 32, 1}, Plan{7, 600, 1}, Plan{4, 9, 4}, Plan{3, 5, 64},

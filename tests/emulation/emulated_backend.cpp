@@ -16,6 +16,7 @@ using namespace leaf_cuda;
 // The schedule of the following launches, and how many multiprocessors the planner sees.
 cuda_emulation::Schedule schedule{cuda_emulation::Schedule::ascending, cuda_emulation::Schedule::ascending, 0};
 int64_t multiprocessors = 2;
+int64_t launched = 0;
 
 void configure(int64_t blocks, int64_t threads, int64_t seed, int64_t processors) {
   using Order = cuda_emulation::Schedule::Order;
@@ -24,6 +25,7 @@ void configure(int64_t blocks, int64_t threads, int64_t seed, int64_t processors
 }
 
 const auto emulated_launch = [](auto kernel, dim3 grid, int threads, size_t shared_bytes, const auto&... args) {
+  ++launched;
   cuda_emulation::launch(schedule, kernel, grid, dim3(threads), shared_bytes, args...);
 };
 
@@ -52,6 +54,7 @@ void run(const Args& a, const Tensor& u) {
 TORCH_LIBRARY(leaf_cuda_emulated, library) {
   define_operators(library);
   library.def("configure(int block_order, int thread_order, int seed, int multiprocessors) -> ()", configure);
+  library.def("launches() -> int", [] { return launched; });
 }
 
 TORCH_LIBRARY_IMPL(leaf_cuda_emulated, CPU, library) { implement_operators<run>(library); }
