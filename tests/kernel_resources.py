@@ -46,25 +46,39 @@ class Kernel:
             broken.append("floating-point atomics")
         if self.is_vectorised and not (self.count(r"LDG\.E.*\.128") and self.count(r"STG\.E.*\.128")):
             broken.append("no 128-bit loads or stores")
+        for body in self.loops():
+            moves = [opcode for opcode in body if re.match("LDG|STG", opcode)]
+            if any(opcode.endswith(".128") for opcode in moves) and not all(
+                opcode.endswith(".128") for opcode in moves
+            ):
+                broken.append("divided loads or stores in a loop over vectors")
         return broken
+
+    def loops(self) -> list[list[str]]:
+        """The instructions of each loop, without those of loops inside."""
+        loops = {(target, end) for end, _, target in self.code if target is not None and target < end}
+        inside = {loop: [i for i in loops if loop[0] <= i[0] and i[1] <= loop[1] and i != loop] for loop in loops}
+        return [
+            [
+                opcode
+                for address, opcode, _ in self.code
+                if begin <= address <= end and not any(b <= address <= e for b, e in inside[begin, end])
+            ]
+            for begin, end in loops
+        ]
 
     @property
     def loop(self) -> int:
-        """Instructions of the innermost loop that loads from global memory and stores to it, vectors where there are;
-        without those of loops inside, over what is left of a row."""
+        """Instructions of the shortest loop that loads from global memory and stores to it, vectors where there are."""
         load, store = (rf"{kind}\.E.*\.128" if self.is_vectorised else kind for kind in ("LDG", "STG"))
-        loops = {(target, end) for end, _, target in self.code if target is not None and target < end}
-        lengths = []
-        for begin, end in loops:
-            inside = [(b, e) for b, e in loops if begin <= b and e <= end and (b, e) != (begin, end)]
-            body = [
-                opcode
-                for address, opcode, _ in self.code
-                if begin <= address <= end and not any(b <= address <= e for b, e in inside)
-            ]
-            if all(any(re.match(pattern, opcode) for opcode in body) for pattern in (load, store)):
-                lengths.append(len(body))
-        return min(lengths, default=0)
+        return min(
+            (
+                len(body)
+                for body in self.loops()
+                if all(any(re.match(pattern, opcode) for opcode in body) for pattern in (load, store))
+            ),
+            default=0,
+        )
 
     @property
     def is_vectorised(self) -> bool:

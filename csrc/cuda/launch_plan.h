@@ -15,10 +15,8 @@ constexpr int kMaxThreads = 256;
 constexpr int kWarp = 32;
 constexpr int64_t kMaxGridX = (int64_t{1} << 31) - 1;
 constexpr int64_t kMaxGridY = 65535;
-// Blocks for each multiprocessor where a block costs little: a few times as many as fit.
-constexpr int64_t kBlocksPerMultiprocessor = 8;
-// Beyond so many times that, blocks take several items each.
-constexpr int64_t kMaxWaves = 16;
+// Beyond so many times the blocks that a device holds, blocks take several items each.
+constexpr int64_t kMaxWaves = 64;
 // A thread adds so many terms to a sum at most: with more, a float32 sum would lose to eager PyTorch's.
 constexpr int64_t kMaxSerialSum = 64;
 // Rows of at least so many bytes are read by neighbouring threads without much waste; shorter ones count as columns.
@@ -31,12 +29,25 @@ constexpr int64_t kManyTiles = 8;
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-constexpr int64_t max_grid(int64_t multiprocessors) { return multiprocessors * kBlocksPerMultiprocessor * kMaxWaves; }
+// Into how many shares to divide the `steps` of each of `items`, at most `limit`: of those that fill the `at_once`
+// blocks that a device holds one time or a few, the one with the fewest steps in sequence. What a block does before and
+// after its steps counts as kOwnSteps.
+inline int64_t splits_for(int64_t items, int64_t steps, int64_t limit, int64_t at_once) {
+  constexpr int64_t kOwnSteps = 2, kMaxTimes = 4;
+  int64_t best = 1, least = std::numeric_limits<int64_t>::max();
+  for (int64_t times = 1; times <= kMaxTimes; ++times) {
+    const int64_t splits = std::clamp<int64_t>(times * at_once / items, 1, limit);
+    const int64_t in_sequence = ceil_div(items * splits, at_once) * (ceil_div(steps, splits) + kOwnSteps);
+    if (in_sequence < least) best = splits, least = in_sequence;
+  }
+  return best;
+}
 
 // Rows: a run of `inner` elements has one parameter. A block takes one parameter k and one of `splits` shares of the
 // vectors of k's `outer` rows. Vectors are aligned in memory, so that a row's first and last may be partial.
 struct RowsLaunch {
   int64_t outer, count, inner, pitch;
+  bool aligned;     // every vector is whole
   int64_t vectors;  // slots for vectors in a row; the last may be empty
   int64_t splits, items;
   // A thread goes on by splits·threads slots: so many rows and vectors.
@@ -46,22 +57,22 @@ struct RowsLaunch {
   int threads;
 };
 
-inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t multiprocessors) {
+// at_once: blocks that the device holds.
+inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t at_once) {
   RowsLaunch r{plan.outer, plan.count, plan.inner, plan.pitch};
-  const bool aligned = plan.inner % vector == 0 && plan.pitch % vector == 0;
-  r.vectors = aligned ? plan.inner / vector : (plan.inner + 2 * vector - 2) / vector;
+  r.aligned = plan.inner % vector == 0 && plan.pitch % vector == 0;
+  r.vectors = r.aligned ? plan.inner / vector : (plan.inner + 2 * vector - 2) / vector;
   const int64_t slots = r.outer * r.vectors;
   r.threads = static_cast<int>(std::clamp<int64_t>(round_up(ceil_div(slots, unroll), kWarp), kWarp, kMaxThreads));
-  const int64_t to_fill = ceil_div(multiprocessors * kBlocksPerMultiprocessor, r.count);
-  const int64_t with_work = ceil_div(slots, int64_t{r.threads} * unroll);
-  // A term is the sum of `unroll` vectors.
-  const int64_t for_accuracy = ceil_div(slots, int64_t{r.threads} * unroll * kMaxSerialSum);
-  r.splits = std::max(std::min(to_fill, with_work), for_accuracy);
+  const int64_t steps = ceil_div(slots, int64_t{r.threads} * unroll);
+  // A term is the sum of a step's vectors.
+  const int64_t for_accuracy = ceil_div(steps, kMaxSerialSum);
+  r.splits = std::max(splits_for(r.count, steps, steps, at_once), for_accuracy);
   r.step_rows = r.splits * r.threads / r.vectors;
   r.step_vectors = r.splits * r.threads % r.vectors;
   r.step = r.step_rows * r.pitch;
   r.items = r.count * r.splits;
-  r.grid = std::min(r.items, max_grid(multiprocessors));
+  r.grid = std::min(r.items, at_once * kMaxWaves);
   return r;
 }
 
@@ -81,20 +92,6 @@ struct ColumnsLaunch {
   int tx, ty, threads;
   bool parameter_vectors;  // a vector's parameters lie side by side, aligned
 };
-
-// Into how many shares to divide the `steps` of each of `items`, at most `limit`: of those that fill `at_once` blocks
-// one time or a few, the one with the fewest steps in sequence. What a block does before and after its steps counts as
-// kOwnSteps.
-inline int64_t splits_for(int64_t items, int64_t steps, int64_t limit, int64_t at_once) {
-  constexpr int64_t kOwnSteps = 2, kMaxTimes = 4;
-  int64_t best = 1, least = std::numeric_limits<int64_t>::max();
-  for (int64_t times = 1; times <= kMaxTimes; ++times) {
-    const int64_t splits = std::clamp<int64_t>(times * at_once / items, 1, limit);
-    const int64_t in_sequence = ceil_div(items * splits, at_once) * (ceil_div(steps, splits) + kOwnSteps);
-    if (in_sequence < least) best = splits, least = in_sequence;
-  }
-  return best;
-}
 
 // `run` is Args::run: 0, or what the width must be a multiple of, and vectors must divide. at_once: blocks that the
 // device holds. sums: of each parameter, of sum_bytes each; where there are none they take no workspace.
@@ -153,13 +150,13 @@ struct FinishLaunch {
   int kx, ky;
 };
 
-inline FinishLaunch plan_finish(const PartialSums& sums, int64_t multiprocessors) {
+inline FinishLaunch plan_finish(const PartialSums& sums, int64_t at_once) {
   // A thread for each part, but of eight parameters or more, whose 32 bytes move at once.
   constexpr int kMinParameters = 8;
   int kx = kMaxThreads;
   while (kx > kMinParameters && kMaxThreads / kx < sums.parts) kx /= 2;
   while (kx > 1 && kx / 2 >= sums.count) kx /= 2;
-  return {sums, std::min(ceil_div(sums.count, kx), max_grid(multiprocessors)), kx, kMaxThreads / kx};
+  return {sums, std::min(ceil_div(sums.count, kx), at_once * kMaxWaves), kx, kMaxThreads / kx};
 }
 
 }  // namespace leaf_cuda::cuda

@@ -113,11 +113,31 @@ __device__ __forceinline__ Vector<S, N> elements(const Word<S, N>& word) {
 }
 
 template <class S, int N>
-__device__ __forceinline__ void store_vector(S* p, const Vector<S, N>& v) {
+__device__ __forceinline__ Word<S, N> word_of(const Vector<S, N>& v) {
   Word<S, N> word;
   static_assert(sizeof(v) == sizeof(word));
   memcpy(&word, &v, sizeof(v));
-  *reinterpret_cast<Word<S, N>*>(p) = word;
+  return word;
+}
+
+// To global memory. An assignment of 16 bytes nvcc divides where it sees no harm; what CUDA has by name is for other
+// caching than the default.
+__device__ __forceinline__ void store_word(void* p, const uint4& word) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(word.x), "r"(word.y),
+               "r"(word.z), "r"(word.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(p) = word;
+#endif
+}
+
+template <class S, int N>
+__device__ __forceinline__ void store_vector(S* p, const Vector<S, N>& v) {
+  if constexpr (N == 1)
+    *p = v.at[0];
+  else
+    store_word(p, word_of(v));
 }
 
 // f(a zero of the type of parameters or of their gradients): of the storage type or of the arithmetic type.
@@ -291,8 +311,8 @@ constexpr int kMinBlocks = Op::inputs == 1                               ? 3
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
-// The slots (launch_plan.h) of one thread, one after another.
-template <int N>
+// The slots (launch_plan.h) of one thread, one after another. Aligned: none is partial.
+template <int N, bool Aligned>
 struct RowCursor {
   const RowsLaunch& r;
   int64_t begin, vector;  // the row's first element; the slot in it
@@ -321,6 +341,7 @@ struct RowCursor {
     int n;
   };
   __device__ __forceinline__ Slot slot() const {
+    if (Aligned) return {begin + vector * N, in_range() ? N : 0};
     const int64_t first = (begin & -int64_t{N}) + vector * N, next = first + N;
     const int64_t own_first = max(first, begin), own_next = in_range() ? min(next, begin + r.inner) : own_first;
     return {own_first, static_cast<int>(own_next - own_first)};
@@ -374,6 +395,38 @@ struct SumTarget {
   }
 };
 
+// Runs the operation on a thread's share of parameter k's rows.
+template <bool Aligned, class Op, class S, int N, int Unroll>
+__device__ __forceinline__ void run_rows(const RowsLaunch& r, int64_t k, int64_t split, const Operands<Op, S>& a,
+                                         const typename Operands<Op, S>::template Loaded<N>& repeated,
+                                         const Parameters<Arithmetic<S>>* p, Arithmetic<S>* sum) {
+  RowCursor<N, Aligned> cursor(r, k, split * r.threads + threadIdx.x);
+  while (cursor.in_range()) {
+    typename RowCursor<N, Aligned>::Slot slots[Unroll];
+    typename Operands<Op, S>::template Loaded<N> loaded[Unroll];
+#pragma unroll
+    for (int j = 0; j < Unroll; ++j) {
+      slots[j] = cursor.slot();
+      if (slots[j].n == N) loaded[j] = a.load({0, slots[j].first}, repeated);
+      cursor.advance();
+    }
+    Arithmetic<S> share[kSums<Op>] = {};  // a sum of few terms, so that `sum` has few as well: both lose little
+#pragma unroll
+    for (int j = 0; j < Unroll; ++j) {
+      const auto& slot = slots[j];
+      if (slot.n == N) {
+        a.template run<false>({0, slot.first}, loaded[j], p, share);
+      } else if (!Aligned) {
+        constexpr int Most = Op::sets == 1 ? 4 : 2, At = N < Most ? N : Most;  // as many as there are registers for
+#pragma unroll 1
+        for (int e = 0; e < slot.n; e += At) a.template run_part<false, At>({0, slot.first + e}, slot.n - e, p, share);
+      }
+    }
+#pragma unroll
+    for (int q = 0; q < Op::sums; ++q) sum[q] += share[q];
+  }
+}
+
 template <class Op, class S, int N, int Unroll>
 __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
     rows(RowsLaunch r, ParameterArgs parameters, Operands<Op, S> a,
@@ -387,32 +440,10 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
     with_type<S>(parameters.dtype,
                  [&](auto zero) { load_parameters<decltype(zero), Op::sets, 1>(parameters, index, p); });
     A sum[kSums<Op>] = {};
-    RowCursor<N> cursor(r, k, split * r.threads + threadIdx.x);
-    while (cursor.in_range()) {
-      typename RowCursor<N>::Slot slots[Unroll];
-      typename Operands<Op, S>::template Loaded<N> loaded[Unroll];
-#pragma unroll
-      for (int j = 0; j < Unroll; ++j) {
-        slots[j] = cursor.slot();
-        if (slots[j].n == N) loaded[j] = a.load({0, slots[j].first}, repeated);
-        cursor.advance();
-      }
-      A share[kSums<Op>] = {};  // a sum of few terms, so that `sum` has few as well: both lose little
-#pragma unroll
-      for (int j = 0; j < Unroll; ++j) {
-        const auto& slot = slots[j];
-        if (slot.n == N) {
-          a.template run<false>({0, slot.first}, loaded[j], p, share);
-        } else if (N > 1) {
-          constexpr int At = N < 4 ? N : 4;
-#pragma unroll 1
-          for (int e = 0; e < slot.n; e += At)
-            a.template run_part<false, At>({0, slot.first + e}, slot.n - e, p, share);
-        }
-      }
-#pragma unroll
-      for (int q = 0; q < Op::sums; ++q) sum[q] += share[q];
-    }
+    if (N == 1 || r.aligned)
+      run_rows<true, Op, S, N, Unroll>(r, k, split, a, repeated, p, sum);
+    else
+      run_rows<false, Op, S, N, Unroll>(r, k, split, a, repeated, p, sum);
     if constexpr (Op::sums > 0) {
       if (!target.wanted) continue;
       const A total = block_sum<Op::sums>(sum);
@@ -478,7 +509,7 @@ __device__ __forceinline__ void store_sums_of_columns(const ColumnsLaunch& c, co
         Vector<A, Run> v;
 #pragma unroll
         for (int e = 0; e < Run; ++e) v.at[e] = sum[(first + e) * sums + q];
-        store_vector(shared + ((q * c.ty + t.ty) * c.tx + t.tx) * N + first, v);
+        *reinterpret_cast<Word<A, Run>*>(shared + ((q * c.ty + t.ty) * c.tx + t.tx) * N + first) = word_of(v);
       }
   }
   __syncthreads();

@@ -64,7 +64,7 @@ LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
   }
   b.by_rows = by_rows(a.plan, sizeof(S));  // never with a run: `inner` is 1
   if (b.by_rows) {
-    b.rows = plan_rows(a.plan, b.vector ? kVector<S> : 1, kUnroll<Op>, multiprocessors);
+    b.rows = plan_rows(a.plan, b.vector ? kVector<S> : 1, kUnroll<Op>, at_once);
     b.sums = partial_sums(sums, b.rows.splits, a.plan.count);
   } else {
     const auto plan = [&](int vector) {
@@ -83,7 +83,7 @@ LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
       b.columns.parameter_vectors &= s.within == 0 || (s.within == 1 && whole(s.line) && is_aligned(a.parameters.p[q]));
     }
   }
-  b.finish = plan_finish(b.sums, multiprocessors);
+  b.finish = plan_finish(b.sums, at_once);
   b.workspace_bytes = b.sums.values * sum_bytes;
   return b;
 }

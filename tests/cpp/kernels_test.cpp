@@ -583,9 +583,9 @@ void large_plans() {
   const int64_t big = (int64_t{1} << 31) + 17;
   for (const Plan& plan : {Plan{1, 1, big}, Plan{big, 3, 64}, Plan{5, big, 100}, Plan{3, 7, big}}) {
     constexpr int N = 8;
-    const RowsLaunch r = plan_rows(plan, N, 2, 132);
+    const RowsLaunch r = plan_rows(plan, N, 2, 264);
     const std::string what = "rows " + std::to_string(plan.outer) + " " + std::to_string(plan.count);
-    check(r.grid >= 1 && r.grid <= max_grid(132) && r.threads % kWarp == 0, what + " grid");
+    check(r.grid >= 1 && r.grid <= 264 * kMaxWaves && r.threads % kWarp == 0, what + " grid");
     check(r.step_rows * r.vectors + r.step_vectors == r.splits * r.threads, what + " step");
     check(r.vectors * N >= plan.inner, what + " vectors");
     check(ceil_div(r.outer * r.vectors, r.splits * r.threads * 2) <= kMaxSerialSum, what + " steps");
@@ -593,7 +593,7 @@ void large_plans() {
     // The last element is in the slots of the last row, and it is the last.
     bool found = false;
     for (int64_t v = std::max<int64_t>(0, r.vectors - 3); v < r.vectors; ++v) {
-      const auto slot = RowCursor<N>(r, plan.count - 1, (plan.outer - 1) * r.vectors + v).slot();
+      const auto slot = RowCursor<N, false>(r, plan.count - 1, (plan.outer - 1) * r.vectors + v).slot();
       found = found || (slot.n > 0 && slot.first + slot.n == plan.numel());
       check(slot.n <= 0 || (slot.first >= 0 && slot.first + slot.n <= plan.numel()), what + " slot");
       check(slot.n < N || slot.first % N == 0, what + " aligned");
