@@ -126,7 +126,7 @@ def cases(device: str, quick: bool) -> list[Case]:
         return [Case("CNN map", (n, c, h, w), p, dtype) for p in ((1,), (c, 1, 1), (c, h, w))]
 
     def channels_last(n, c, h, w, dtype=f32):
-        return Case("CNN map", (n, c, h, w), (c, 1, 1), dtype, layout=torch.channels_last)
+        return [Case("CNN map", (n, c, h, w), p, dtype, layout=torch.channels_last) for p in ((c, 1, 1), (c, h, w))]
 
     def block(*shape):  # in half precision, with the parameters as the LEAF module keeps them and in u's own dtype
         return [Case("transformer block", shape, shape[-1:], t, p) for t in (bf16, f16) for p in (f32, t)]
@@ -135,11 +135,11 @@ def cases(device: str, quick: bool) -> list[Case]:
         if quick:
             return [small, *cnn(128, 32, 32, 32)]
         rows = [Case("linear layer", (n, 1024), (1024,)) for n in (16384, 4096)]
-        maps = [*cnn(256, 64, 32, 32), *cnn(128, 32, 32, 32), channels_last(32, 64, 56, 56)]
+        maps = [*cnn(256, 64, 32, 32), *cnn(128, 32, 32, 32), *channels_last(32, 64, 56, 56)]
         return [small, *maps, *rows, *block(8, 512, 3072)]
     if quick:
         return [small, *cnn(256, 64, 64, 64), block(8, 2048, 4096)[0]]
-    maps = [case for t in (f32, bf16) for case in (*cnn(256, 64, 64, 64, t), channels_last(256, 64, 64, 64, t))]
+    maps = [case for t in (f32, bf16) for case in (*cnn(256, 64, 64, 64, t), *channels_last(256, 64, 64, 64, t))]
     rows = [Case("linear layer", (n, 1024), (1024,)) for n in (131072, 16384)]
     return [small, *maps, *rows, *block(8, 2048, 4096), *block(16, 2048, 8192)[::2]]
 

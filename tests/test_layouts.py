@@ -92,13 +92,15 @@ def test_numbers_of_dimensions(device, dim):
 
 
 def test_random_views(device):
-    """Permuted, sliced, strided, expanded, with dimensions of one element and of none, all against each other."""
+    """Permuted, sliced, strided, expanded, with dimensions of one element and of none, all against each other: u, the
+    gradient and, of every other draw, the parameters."""
     draws = random.Random(0)
-    for _ in range(300):
+    for draw_number in range(400):
         dim = draws.randint(1, 5)
         sizes = [draws.choice([1, 2, 3, 4, 0 if draws.random() < 0.1 else 5]) for _ in range(dim)]
 
-        def view():
+        def view(sizes):
+            dim = len(sizes)
             order = draws.sample(range(dim), dim)
             steps = [draws.choice([1, 1, 2]) for _ in range(dim)]
             repeated = [draws.random() < 0.15 for _ in range(dim)]
@@ -108,8 +110,11 @@ def test_random_views(device):
             return t.expand(sizes)
 
         shapes = [[n if draws.random() < 0.5 else 1 for n in sizes[draws.randint(0, dim) :]] for _ in range(4)]
-        parameters = [torch.randn(s, dtype=torch.float64, device=device) for s in shapes]
-        check(view(), parameters, view())
+        if draws.random() < 0.3:  # of one shape, as a module's
+            shapes = shapes[:1] * 4
+        plain = [torch.randn(s, dtype=torch.float64, device=device) for s in shapes]
+        parameters = plain if draw_number % 2 else [view(s) for s in shapes]
+        check(view(sizes), parameters, view(sizes))
 
 
 @pytest.mark.parametrize(
