@@ -93,19 +93,30 @@ void segment_parameters(const ParameterArgs& parameters, int64_t k, double* out)
 }
 
 // The n parameters from `first` on, behind the last the first again, in runs of which a tensor has the values as near
-// to one another as can be: f(k, size, step, from, stride) of the k-th, (k + step)-th, ... of them, `size` in all,
-// which the tensor has at `from`, from + stride, ...
-template <class F>
-void for_each_run(const ParameterLines& lines, const ParameterStrides& strides, int64_t first, int64_t n, F f) {
+// to one another as can be: f(k, size, step, values, stride) of the k-th, (k + step)-th, ... of them, `size` in all,
+// which the tensor has at values[0], values[stride], ...
+template <class P, class F>
+void for_each_run(P* values, const ParameterLines& lines, const ParameterStrides& strides, int64_t first, int64_t n,
+                  F f) {
   const bool across = lines.lines > 1 && strides.line < strides.within;
   const int64_t step = across ? lines.width : 1, stride = across ? strides.line : strides.within;
-  for (int64_t begin = 0; begin < std::min(n, step); ++begin)
+  // Short runs far from one another: the processor does not foresee them.
+  constexpr int64_t kAhead = 8, kLine = kVectorBytes / sizeof(P);
+  ParameterIndex of_begin = lines.at(first % (lines.lines * lines.width));
+  for (int64_t begin = 0; begin < std::min(n, step); ++begin, lines.advance(of_begin)) {
+    ParameterIndex index = of_begin;
     for (int64_t k = begin, size; k < n; k += size * step) {
-      const ParameterIndex index = lines.at((first + k) % (lines.lines * lines.width));
       const int64_t left = across ? lines.lines - index.line : lines.width - index.within;
       size = std::min((n - k + step - 1) / step, left);
-      f(k, size, step, strides.at(index), stride);
+      P* const run = values + strides.at(index);
+      if (across)
+        for (int64_t j = 0; j < size + kLine; j += kLine)
+          __builtin_prefetch(run + kAhead * strides.within + j * stride);
+      f(k, size, step, run, stride);
+      // A run ends before n at the last of its line, or of the lines.
+      index = across ? ParameterIndex{0, index.within} : ParameterIndex{(index.line + 1) % lines.lines, 0};
     }
+  }
 }
 
 // The parameters of the columns from `first` on, the first of a parameter's own, on to the next multiple of
@@ -128,8 +139,8 @@ class ColumnParameters {
         }
       T* const out = buffer_[q];
       const int64_t n = (padded + plan.inner - 1) / plan.inner;
-      for_each_run(lines, strides, k, n, [&](int64_t to, int64_t size, int64_t step, int64_t from, int64_t stride) {
-        for (int64_t j = 0; j < size; ++j) out[to + j * step] = static_cast<T>(p[from + j * stride]);
+      for_each_run(p, lines, strides, k, n, [&](int64_t to, int64_t size, int64_t step, auto* from, int64_t stride) {
+        for (int64_t j = 0; j < size; ++j) out[to + j * step] = static_cast<T>(from[j * stride]);
       });
       if (plan.inner > 1)  // each for its columns, from the last, so that none is written over
         for (int64_t j = n; j-- > 0;)
@@ -250,11 +261,10 @@ void write_gradients(const Args& a, int64_t first, int64_t n, const T* sums, int
     using P = decltype(zero);
     for (int q = 0; q < Op::sums; ++q) {
       if (!a.dp[q]) continue;
-      P* const dp = static_cast<P*>(a.dp[q]);
       const T* const from = sums + q * stride;
-      for_each_run(a.parameters.lines, a.dp_strides[q], first, n,
-                   [&](int64_t k, int64_t size, int64_t step, int64_t to, int64_t to_stride) {
-                     for (int64_t j = 0; j < size; ++j) dp[to + j * to_stride] = static_cast<P>(from[k + j * step]);
+      for_each_run(static_cast<P*>(a.dp[q]), a.parameters.lines, a.dp_strides[q], first, n,
+                   [&](int64_t k, int64_t size, int64_t step, P* to, int64_t to_stride) {
+                     for (int64_t j = 0; j < size; ++j) to[j * to_stride] = static_cast<P>(from[k + j * step]);
                    });
     }
   });
