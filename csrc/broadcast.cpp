@@ -106,10 +106,10 @@ Broadcast::Broadcast(const at::Tensor& u, at::ArrayRef<at::Tensor> parameters, b
   plan_ = {product(order.begin(), first), product(first, last), product(last, order.end())};
 }
 
-std::optional<Broadcast::Lines> Broadcast::lines(at::ArrayRef<const at::Tensor*> tensors) const {
-  Lines result{{1, 1}, {}};
+std::optional<Broadcast::Matrix> Broadcast::matrix(at::ArrayRef<const at::Tensor*> tensors) const {
+  Matrix result{{1, 1}, {}};
   result.strides.resize(tensors.size());
-  ParameterLines& run = result.of_run;
+  ParameterMatrix& run = result.of_run;
   for (size_t k = run_.size(); k-- > 0;) {
     const int64_t size = run_size(k);
     if (size == 1) continue;
@@ -120,16 +120,16 @@ std::optional<Broadcast::Lines> Broadcast::lines(at::ArrayRef<const at::Tensor*>
           return false;
       return true;
     };
-    if (run.width == 1) {
-      all([](ParameterStrides& s, int64_t stride) { return s.within = stride, true; });
-      run.width = size;
-    } else if (run.lines == 1 && all([&](const auto& s, int64_t stride) { return stride == run.width * s.within; })) {
-      run.width *= size;
-    } else if (run.lines == 1) {
-      all([](ParameterStrides& s, int64_t stride) { return s.line = stride, true; });
-      run.lines = size;
-    } else if (all([&](const auto& s, int64_t stride) { return stride == run.lines * s.line; })) {
-      run.lines *= size;
+    if (run.columns == 1) {
+      all([](ParameterStrides& s, int64_t stride) { return s.column = stride, true; });
+      run.columns = size;
+    } else if (run.rows == 1 && all([&](const auto& s, int64_t stride) { return stride == run.columns * s.column; })) {
+      run.columns *= size;
+    } else if (run.rows == 1) {
+      all([](ParameterStrides& s, int64_t stride) { return s.row = stride, true; });
+      run.rows = size;
+    } else if (all([&](const auto& s, int64_t stride) { return stride == run.rows * s.row; })) {
+      run.rows *= size;
     } else {
       return std::nullopt;
     }

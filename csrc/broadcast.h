@@ -1,5 +1,5 @@
 // From the shapes and strides of u and the parameters to a Plan, and from a parameter's own shape to the plan's run of
-// `count` values: as lines where it lies, or by a copy.
+// `count` values: as a matrix where it lies, or by a copy.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,13 +23,13 @@ class Broadcast {
   // Whether a parameter, or its gradient, has a value for each of the run.
   bool has_all(const at::Tensor& parameter) const { return parameter.numel() == plan_.count; }
 
-  // The run as lines, and in them the strides of each tensor: those of parameters, or of their gradients, defined or
+  // The run as a matrix, and in it the strides of each tensor: those of parameters, or of their gradients, defined or
   // not. None where the run's dimensions are more than two to them: (C, 1, W) in (C, H, W).
-  struct Lines {
-    ParameterLines of_run;
+  struct Matrix {
+    ParameterMatrix of_run;
     c10::SmallVector<ParameterStrides, 12> strides;
   };
-  std::optional<Lines> lines(at::ArrayRef<const at::Tensor*> tensors) const;
+  std::optional<Matrix> matrix(at::ArrayRef<const at::Tensor*> tensors) const;
 
   // Some of the run's parameters: `count` of them from `first` on, those at the indices `begin` to `begin + size` of
   // the run's dimensions. In u they have the elements of a Plan with gaps, from element first·inner on.

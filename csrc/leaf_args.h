@@ -9,37 +9,38 @@
 namespace leaf_cuda {
 
 struct ParameterIndex {
-  int64_t line, within;
+  int64_t row, column;
 };
 
-// A plan's `count` parameters as lines of `width`, so that tensors of them are taken as they lie: in the plan's order,
-// one line; per element with u in channels_last, H·W lines of C.
-struct ParameterLines {
-  int64_t lines, width;
+// A plan's `count` parameters, in its order, as a matrix of which a tensor's rows and columns may lie any distance from
+// one another: so tensors are taken as they lie. In the plan's order, one row; per element with u in channels_last, H·W
+// rows of C.
+struct ParameterMatrix {
+  int64_t rows, columns;
 
   LEAF_FUNCTION ParameterIndex at(int64_t k) const {
-    const int64_t line = lines == 1 ? 0 : k / width;
-    return {line, k - line * width};
+    const int64_t row = rows == 1 ? 0 : k / columns;
+    return {row, k - row * columns};
   }
   // The next one; of the last, the first.
   LEAF_FUNCTION void advance(ParameterIndex& i) const {
-    if (++i.within < width) return;
-    i.within = 0;
-    if (++i.line == lines) i.line = 0;
+    if (++i.column < columns) return;
+    i.column = 0;
+    if (++i.row == rows) i.row = 0;
   }
 };
 
-// A tensor's distances, in elements, from line to line and within a line; 0 where it does not vary.
+// A tensor's distances, in elements, from row to row and from column to column; 0 where it does not vary.
 struct ParameterStrides {
-  int64_t line, within;
+  int64_t row, column;
 
-  LEAF_FUNCTION int64_t at(const ParameterIndex& i) const { return i.line * line + i.within * within; }
+  LEAF_FUNCTION int64_t at(const ParameterIndex& i) const { return i.row * row + i.column * column; }
 };
 
 // The parameters, set by set: null, with strides of 0, stands for zeros.
 struct ParameterArgs {
   c10::ScalarType dtype;
-  ParameterLines lines;
+  ParameterMatrix matrix;
   const void* p[kMaxParameters];
   ParameterStrides strides[kMaxParameters];
 };

@@ -104,20 +104,20 @@ bool Pass::run_in_place(Run by, const std::array<Tensor, 4>& dp) {
   c10::SmallVector<const Tensor*, 12> tensors;
   for (const Tensor& p : parameters_) tensors.push_back(&p);
   for (const Tensor& d : dp) tensors.push_back(&d);
-  const auto lines = broadcast_.lines(tensors);
-  if (!lines) return false;
+  const auto matrix = broadcast_.matrix(tensors);
+  if (!matrix) return false;
   Args args = args_;
-  args.parameters.lines = lines->of_run;
+  args.parameters.matrix = matrix->of_run;
   for (size_t q = 0; q < parameters_.size(); ++q) {
     if (!parameters_[q].defined()) continue;
     args.parameters.p[q] = parameters_[q].const_data_ptr();
-    args.parameters.strides[q] = lines->strides[q];
+    args.parameters.strides[q] = matrix->strides[q];
   }
   args.dp_dtype = args.parameters.dtype;
   for (size_t q = 0; q < dp.size(); ++q) {
     if (!dp[q].defined()) continue;
     args.dp[q] = dp[q].mutable_data_ptr();
-    args.dp_strides[q] = lines->strides[parameters_.size() + q];
+    args.dp_strides[q] = matrix->strides[parameters_.size() + q];
   }
   by(args, u_);
   return true;
@@ -125,7 +125,7 @@ bool Pass::run_in_place(Run by, const std::array<Tensor, 4>& dp) {
 
 void Pass::run_window(Run by, const Broadcast::Window& window, Args args) const {
   c10::SmallVector<Tensor, 8> flat(parameters_.size());
-  args.parameters.lines = {1, window.count};
+  args.parameters.matrix = {1, window.count};
   for (size_t q = 0; q < parameters_.size(); ++q) {
     if (!parameters_[q].defined()) continue;
     flat[q] = broadcast_.flatten(parameters_[q], window);

@@ -194,7 +194,7 @@ class StepPass {
     args_.dtype = h.scalar_type();
     args_.run = hidden_;
     args_.parameters.dtype = parameters[0]->scalar_type();
-    args_.parameters.lines = {1, hidden_};
+    args_.parameters.matrix = {1, hidden_};
     for (int q = 0; q < 4; ++q) {
       parameters_[q] = parameters[q]->contiguous();
       const Tensor& p = parameters_[q];

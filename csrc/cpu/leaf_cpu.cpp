@@ -86,7 +86,7 @@ void for_each_parameter(const ParameterArgs& parameters, F f) {
 
 template <int sets>
 void segment_parameters(const ParameterArgs& parameters, int64_t k, double* out) {
-  const ParameterIndex index = parameters.lines.at(k);
+  const ParameterIndex index = parameters.matrix.at(k);
   for_each_parameter<sets>(parameters, [&](int q, const auto* p, const ParameterStrides& strides) {
     out[q] = static_cast<double>(p[strides.at(index)]);
   });
@@ -96,25 +96,25 @@ void segment_parameters(const ParameterArgs& parameters, int64_t k, double* out)
 // to one another as can be: f(k, size, step, values, stride) of the k-th, (k + step)-th, ... of them, `size` in all,
 // which the tensor has at values[0], values[stride], ...
 template <class P, class F>
-void for_each_run(P* values, const ParameterLines& lines, const ParameterStrides& strides, int64_t first, int64_t n,
+void for_each_run(P* values, const ParameterMatrix& matrix, const ParameterStrides& strides, int64_t first, int64_t n,
                   F f) {
-  const bool across = lines.lines > 1 && strides.line < strides.within;
-  const int64_t step = across ? lines.width : 1, stride = across ? strides.line : strides.within;
+  const bool across = matrix.rows > 1 && strides.row < strides.column;
+  const int64_t step = across ? matrix.columns : 1, stride = across ? strides.row : strides.column;
   // Short runs far from one another: the processor does not foresee them.
   constexpr int64_t kAhead = 8, kLine = kVectorBytes / sizeof(P);
-  ParameterIndex of_begin = lines.at(first % (lines.lines * lines.width));
-  for (int64_t begin = 0; begin < std::min(n, step); ++begin, lines.advance(of_begin)) {
+  ParameterIndex of_begin = matrix.at(first % (matrix.rows * matrix.columns));
+  for (int64_t begin = 0; begin < std::min(n, step); ++begin, matrix.advance(of_begin)) {
     ParameterIndex index = of_begin;
     for (int64_t k = begin, size; k < n; k += size * step) {
-      const int64_t left = across ? lines.lines - index.line : lines.width - index.within;
+      const int64_t left = across ? matrix.rows - index.row : matrix.columns - index.column;
       size = std::min((n - k + step - 1) / step, left);
       P* const run = values + strides.at(index);
       if (across)
         for (int64_t j = 0; j < size + kLine; j += kLine)
-          __builtin_prefetch(run + kAhead * strides.within + j * stride);
+          __builtin_prefetch(run + kAhead * strides.column + j * stride);
       f(k, size, step, run, stride);
-      // A run ends before n at the last of its line, or of the lines.
-      index = across ? ParameterIndex{0, index.within} : ParameterIndex{(index.line + 1) % lines.lines, 0};
+      // A run ends before n at the end of its row, or column.
+      index = across ? ParameterIndex{0, index.column} : ParameterIndex{(index.row + 1) % matrix.rows, 0};
     }
   }
 }
@@ -126,20 +126,20 @@ class ColumnParameters {
  public:
   ColumnParameters(const ParameterArgs& parameters, const Plan& plan, int64_t fold, int64_t first, int64_t columns) {
     const int64_t padded = (columns + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple;
-    const ParameterLines& lines = parameters.lines;
+    const ParameterMatrix& matrix = parameters.matrix;
     const int64_t k = first / plan.inner % plan.count;
-    const ParameterIndex index = lines.at(k);
-    const bool in_place = plan.inner == 1 && fold == 1 && index.within + padded <= lines.width;
+    const ParameterIndex index = matrix.at(k);
+    const bool in_place = plan.inner == 1 && fold == 1 && index.column + padded <= matrix.columns;
     for_each_parameter<sets>(parameters, [&](int q, const auto* p, const ParameterStrides& strides) {
       p_[q] = buffer_[q];
       if constexpr (std::is_same_v<decltype(p), const T*>)
-        if (in_place && strides.within == 1) {
+        if (in_place && strides.column == 1) {
           p_[q] = p + strides.at(index);
           return;
         }
       T* const out = buffer_[q];
       const int64_t n = (padded + plan.inner - 1) / plan.inner;
-      for_each_run(p, lines, strides, k, n, [&](int64_t to, int64_t size, int64_t step, auto* from, int64_t stride) {
+      for_each_run(p, matrix, strides, k, n, [&](int64_t to, int64_t size, int64_t step, auto* from, int64_t stride) {
         for (int64_t j = 0; j < size; ++j) out[to + j * step] = static_cast<T>(from[j * stride]);
       });
       if (plan.inner > 1)  // each for its columns, from the last, so that none is written over
@@ -262,7 +262,7 @@ void write_gradients(const Args& a, int64_t first, int64_t n, const T* sums, int
     for (int q = 0; q < Op::sums; ++q) {
       if (!a.dp[q]) continue;
       const T* const from = sums + q * stride;
-      for_each_run(static_cast<P*>(a.dp[q]), a.parameters.lines, a.dp_strides[q], first, n,
+      for_each_run(static_cast<P*>(a.dp[q]), a.parameters.matrix, a.dp_strides[q], first, n,
                    [&](int64_t k, int64_t size, int64_t step, P* to, int64_t to_stride) {
                      for (int64_t j = 0; j < size; ++j) to[j * to_stride] = static_cast<P>(from[k + j * step]);
                    });

@@ -149,17 +149,17 @@ __device__ __forceinline__ void with_type(c10::ScalarType type, const F& f) {
     f(Arithmetic<S>());
 }
 
-// Parameter q, of type P, at an index and the N − 1 behind it in its line: all are loaded before one is used.
+// Parameter q, of type P, at an index and the N − 1 behind it in its row: all are loaded before one is used.
 template <class P, int N>
 struct LoadedParameter {
   static constexpr int per_word = N == 1 ? 1 : 16 / sizeof(P);
   static_assert(N % per_word == 0);
   Word<P, per_word> words[N / per_word];
-  P one;  // where the line has but one
+  P one;  // where the row has but one
 
   __device__ __forceinline__ void load(const ParameterArgs& a, int q, const ParameterIndex& index) {
     const P* const p = static_cast<const P*>(a.p[q]) + a.strides[q].at(index);
-    if (N == 1 || !a.strides[q].within) {
+    if (N == 1 || !a.strides[q].column) {
       one = a.p[q] ? *p : P();
     } else {
 #pragma unroll
@@ -168,7 +168,7 @@ struct LoadedParameter {
   }
   template <class A>
   __device__ __forceinline__ A value(const ParameterArgs& a, int q, int e) const {
-    if (N == 1 || !a.strides[q].within) return static_cast<A>(one);
+    if (N == 1 || !a.strides[q].column) return static_cast<A>(one);
     return static_cast<A>(elements<P, per_word>(words[e / per_word]).at[e % per_word]);
   }
 };
@@ -375,13 +375,13 @@ struct SumTarget {
   PartialSums layout;
   Arithmetic<S>* partial;
   c10::ScalarType dp_dtype;
-  ParameterLines lines;
+  ParameterMatrix matrix;
   void* dp[sums ? sums : 1];
   ParameterStrides dp_strides[sums ? sums : 1];
 
   __device__ __forceinline__ void store_gradient(int q, int64_t k, Arithmetic<S> value) const {
     if (!dp[q]) return;
-    const int64_t at = dp_strides[q].at(lines.at(k));
+    const int64_t at = dp_strides[q].at(matrix.at(k));
     with_type<S>(dp_dtype, [&](auto zero) {
       using P = decltype(zero);
       static_cast<P*>(dp[q])[at] = static_cast<P>(value);
@@ -435,7 +435,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
   const auto repeated = a.template load_repeated<N>();
   for (int64_t item = blockIdx.x; item < r.items; item += gridDim.x) {
     const int64_t k = item % r.count, split = item / r.count;
-    const ParameterIndex index = parameters.lines.at(k);
+    const ParameterIndex index = parameters.matrix.at(k);
     Parameters<A> p[Op::sets];
     with_type<S>(parameters.dtype,
                  [&](auto zero) { load_parameters<decltype(zero), Op::sets, 1>(parameters, index, p); });
@@ -488,7 +488,7 @@ __device__ __forceinline__ void load_column_parameters(const ColumnsLaunch& c, c
     load_parameters<P, sets, 1>(a, index, p + e * sets);
     if (++within == c.inner) {
       within = 0;
-      a.lines.advance(index);
+      a.matrix.advance(index);
     }
   }
 }
@@ -538,7 +538,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
   A sum[N * kSums<Op>] = {};
   if (t.active) {
     Parameters<A> p[N * Op::sets];
-    const ParameterIndex index = parameters.lines.at(t.column / c.inner % c.count);
+    const ParameterIndex index = parameters.matrix.at(t.column / c.inner % c.count);
     with_type<S>(parameters.dtype, [&](auto zero) {
       load_column_parameters<decltype(zero), Op::sets, N>(c, parameters, index, t.column % c.inner, p);
     });

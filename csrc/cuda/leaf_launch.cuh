@@ -77,10 +77,10 @@ LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
     // Periods side by side may have partial sums whatever the splits.
     b.vector = b.vector && b.sums.values * sum_bytes <= a.workspace;
     if (!b.vector) plan(1);
-    b.columns.parameter_vectors = b.vector && a.plan.inner == 1 && whole(a.parameters.lines.width);
+    b.columns.parameter_vectors = b.vector && a.plan.inner == 1 && whole(a.parameters.matrix.columns);
     for (int q = 0; q < 4 * Op::sets; ++q) {
       const ParameterStrides& s = a.parameters.strides[q];
-      b.columns.parameter_vectors &= s.within == 0 || (s.within == 1 && whole(s.line) && is_aligned(a.parameters.p[q]));
+      b.columns.parameter_vectors &= s.column == 0 || (s.column == 1 && whole(s.row) && is_aligned(a.parameters.p[q]));
     }
   }
   b.finish = plan_finish(b.sums, at_once);
@@ -136,7 +136,7 @@ void launch(const Args& a, const LaunchPlan& b, void* workspace, const Launcher&
     using Op = decltype(operation);
     using S = decltype(zero);
     using A = Arithmetic<S>;
-    SumTarget<Op::sums, S> target{b.sums_wanted, b.sums, static_cast<A*>(workspace), a.dp_dtype, a.parameters.lines};
+    SumTarget<Op::sums, S> target{b.sums_wanted, b.sums, static_cast<A*>(workspace), a.dp_dtype, a.parameters.matrix};
     std::copy_n(a.dp, Op::sums, target.dp);
     std::copy_n(a.dp_strides, Op::sums, target.dp_strides);
     const auto run = b.vector ? launch_pass<Op, S, kVector<S>, Launcher> : launch_pass<Op, S, 1, Launcher>;

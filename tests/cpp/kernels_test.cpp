@@ -72,32 +72,32 @@ struct Case {
   // Of the gated unit: elements between the lines of an operand, -1 for dense operands; lines that `count` makes.
   int64_t gap = -1, lines = 1;
   int64_t parameter_offset = 0;
-  // Lines of parameters and gradients: transposed, or with so many elements between. Of parameter 0 each line has but
-  // one value.
-  int64_t parameter_lines = 1, parameter_gap = -1;
+  // Rows of parameters and gradients: transposed, or with so many elements between. Of parameter 0 each row has but one
+  // value.
+  int64_t parameter_rows = 1, parameter_gap = -1;
 
-  ParameterLines lines_of_parameters() const { return {parameter_lines, plan.count / parameter_lines}; }
+  ParameterMatrix matrix() const { return {parameter_rows, plan.count / parameter_rows}; }
   ParameterStrides strides(int q) const {
-    const auto [all, width] = lines_of_parameters();
+    const auto [rows, columns] = matrix();
     if (q == shared_parameter) return {0, 0};
-    if (q == 0 && all > 1) return {1, 0};
+    if (q == 0 && rows > 1) return {1, 0};
     return gradient_strides();
   }
   ParameterStrides gradient_strides() const {
-    const auto [all, width] = lines_of_parameters();
-    return parameter_gap < 0 ? ParameterStrides{1, all} : ParameterStrides{width + parameter_gap, 1};
+    const auto [rows, columns] = matrix();
+    return parameter_gap < 0 ? ParameterStrides{1, rows} : ParameterStrides{columns + parameter_gap, 1};
   }
-  int64_t parameter_extent() const { return plan.count + std::max<int64_t>(parameter_gap, 0) * parameter_lines; }
+  int64_t parameter_extent() const { return plan.count + std::max<int64_t>(parameter_gap, 0) * parameter_rows; }
 };
 
 std::string name(const Case& c, const char* type, const char* what) {
   char text[300];
   std::snprintf(text, sizeof(text),
                 "%s %s (%ld, %ld, %ld) pitch %ld offset %ld grad stride %d shared %ld p2p4 %d du %d mp %ld gap %ld "
-                "lines %ld parameter offset %ld lines %ld gap %ld",
+                "lines %ld parameter offset %ld rows %ld gap %ld",
                 what, type, long(c.plan.outer), long(c.plan.count), long(c.plan.inner), long(c.plan.pitch),
                 long(c.offset), c.grad_stride, long(c.shared_parameter), c.p2_and_p4, c.want_du,
-                long(c.multiprocessors), long(c.gap), long(c.lines), long(c.parameter_offset), long(c.parameter_lines),
+                long(c.multiprocessors), long(c.gap), long(c.lines), long(c.parameter_offset), long(c.parameter_rows),
                 long(c.parameter_gap));
   return text;
 }
@@ -189,7 +189,7 @@ void run_operation(const Case& c, const char* type, Args args, std::vector<Buffe
     bool ok = true;
     std::vector<bool> written(dp[q].n);
     for (int64_t k = 0; args.dp[q] && k < c.plan.count; ++k) {
-      const int64_t at = args.dp_strides[q].at(args.parameters.lines.at(k));
+      const int64_t at = args.dp_strides[q].at(args.parameters.matrix.at(k));
       written[at] = true;
       ok = ok &&
            close<P>(static_cast<double>(dp[q].data[at]), expected_dp[q].value[k], expected_dp[q].scale[k], 2 * ulps);
@@ -213,7 +213,7 @@ void run(const Case& c, const char* type) {
   args.dtype = kType<S>;
   args.workspace = workspace_limit(c.plan.numel(), sizeof(S));
   args.parameters.dtype = kType<P>;
-  args.parameters.lines = c.lines_of_parameters();
+  args.parameters.matrix = c.matrix();
   for (int q = 0; q < 8; ++q) {
     p.emplace_back(q == c.shared_parameter ? 1 : c.parameter_extent(), c.parameter_offset);
     p[q].fill(random);
@@ -233,7 +233,7 @@ void run(const Case& c, const char* type) {
     const int64_t k = i / c.plan.inner % count;
     const auto value = [&](int q) {
       const P* const own = static_cast<const P*>(args.parameters.p[q]);
-      return own ? static_cast<double>(own[args.parameters.strides[q].at(args.parameters.lines.at(k))]) : 0.0;
+      return own ? static_cast<double>(own[args.parameters.strides[q].at(args.parameters.matrix.at(k))]) : 0.0;
     };
     const double x = static_cast<double>(u.data[c.plan.at(i)]);
     const double g = static_cast<double>(grad.data[c.plan.at(i) * c.grad_stride]);
@@ -291,7 +291,7 @@ void run_glu(const Case& c, const char* type) {
   args.dtype = kType<S>;
   args.workspace = workspace_limit(c.plan.numel(), sizeof(S));
   args.parameters.dtype = kType<P>;
-  args.parameters.lines = c.lines_of_parameters();
+  args.parameters.matrix = c.matrix();
   args.run = c.gap < 0 ? 0 : count / c.lines;
   // Each its own; whole vectors apart where the run and the gap make whole vectors.
   const auto pitch = [&](int k) { return args.run + c.gap + 16 * k; };
@@ -318,7 +318,7 @@ void run_glu(const Case& c, const char* type) {
     const int64_t k = i / c.plan.inner % count;
     const auto value = [&](int q) {
       const P* const own = static_cast<const P*>(args.parameters.p[q]);
-      return own ? static_cast<double>(own[args.parameters.strides[q].at(args.parameters.lines.at(k))]) : 0.0;
+      return own ? static_cast<double>(own[args.parameters.strides[q].at(args.parameters.matrix.at(k))]) : 0.0;
     };
     const auto input = [&](int which) { return static_cast<double>(in[which].data[at(which, i)]); };
     const double x = input(0), b = input(1), grad = input(2), g = grad * b, p1 = value(0), p3 = value(2), p4 = value(3);
@@ -378,7 +378,7 @@ void run_cell(bool lstm, const Case& c, const char* type) {
   args.dtype = kType<S>;
   args.workspace = workspace_limit(c.plan.numel(), sizeof(S));
   args.parameters.dtype = kType<P>;
-  args.parameters.lines = c.lines_of_parameters();
+  args.parameters.matrix = c.matrix();
   args.run = count;
   const auto pitch = [&](int k) { return count + c.gap + 16 * k; };
   const auto at = [&](int k, int64_t i) { return i / count * pitch(k) + i % count; };
@@ -406,7 +406,7 @@ void run_cell(bool lstm, const Case& c, const char* type) {
     double x[7], own[5][4];
     for (int k = 0; k < inputs; ++k) x[k] = static_cast<double>(in[k].data[at(k, i)]);
     for (int q = 0; q < 4 * sets; ++q)
-      own[q / 4][q % 4] = static_cast<double>(p[q].data[i % count * args.parameters.strides[q].within]);
+      own[q / 4][q % 4] = static_cast<double>(p[q].data[i % count * args.parameters.strides[q].column]);
     const auto set = [&](std::vector<Expected>& results, int k, double value) {
       results[k].add(i, value, 1 + std::abs(value));
     };
@@ -533,16 +533,16 @@ void small_plans() {
     c.parameter_offset = 1;
     run_types(c);
   }
-  // Parameters as lines of 10, 8, 16, 5 and 3: of whole vectors and not, in columns and in rows.
+  // Parameters as rows of 10, 8, 16, 5 and 3: of whole vectors and not, in columns and in rows.
   for (const Plan& plan : {Plan{33, 40, 1}, Plan{20, 64, 1}, Plan{150, 80, 1}, Plan{60, 15, 2}, Plan{3, 6, 80}})
     for (int64_t gap : {-1, 0, 8})
       for (int64_t multiprocessors : {1, 132}) {
         Case c{plan};
-        c.parameter_lines = plan.count == 40   ? 4
-                            : plan.count == 64 ? 8
-                            : plan.count == 80 ? 5
-                            : plan.count == 15 ? 3
-                                               : 2;
+        c.parameter_rows = plan.count == 40   ? 4
+                           : plan.count == 64 ? 8
+                           : plan.count == 80 ? 5
+                           : plan.count == 15 ? 3
+                                              : 2;
         c.parameter_gap = gap;
         c.multiprocessors = multiprocessors;
         run_types(c);
