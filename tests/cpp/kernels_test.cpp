@@ -85,6 +85,7 @@ struct Case {
   }
   ParameterStrides gradient_strides() const {
     const auto [rows, columns] = matrix();
+    if (rows == 1) return {0, 1};
     return parameter_gap < 0 ? ParameterStrides{1, rows} : ParameterStrides{columns + parameter_gap, 1};
   }
   int64_t parameter_extent() const { return plan.count + std::max<int64_t>(parameter_gap, 0) * parameter_rows; }
@@ -535,7 +536,7 @@ void small_plans() {
   }
   // Parameters as rows of 10, 8, 16, 5 and 3: of whole vectors and not, in columns and in rows.
   for (const Plan& plan : {Plan{33, 40, 1}, Plan{20, 64, 1}, Plan{150, 80, 1}, Plan{60, 15, 2}, Plan{3, 6, 80}})
-    for (int64_t gap : {-1, 0, 8})
+    for (int64_t gap : {-1, 0, 1, 8})
       for (int64_t multiprocessors : {1, 132}) {
         Case c{plan};
         c.parameter_rows = plan.count == 40   ? 4
