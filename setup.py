@@ -4,6 +4,7 @@ Environment: TORCH_CUDA_ARCH_LIST (as in torch), CUDA_HOME, FORCE_CUDA=1 (no CUD
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,18 +25,32 @@ def sources(*parts):
     return [f"csrc/{path}" for part, path in rows if part in parts]
 
 
+def toolkit_of_nvcc():
+    """Where the nvcc on PATH says that it lies: itself it may be a wrapper script elsewhere."""
+    if not shutil.which("nvcc"):
+        return None
+    said = subprocess.run(["nvcc", "-v", "no_file"], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+?)\s*$", said.stderr, re.MULTILINE)
+    return top and Path(top[1]).resolve()
+
+
+def toolkit_of_torch():
+    from torch.utils import cpp_extension
+
+    return cpp_extension.CUDA_HOME
+
+
 def find_cuda_home():
-    """The toolkit: the first of these folders that has both nvcc and the runtime's header. An nvcc on PATH may be a
-    wrapper script that lies elsewhere."""
-    nvcc = shutil.which("nvcc")
+    """The toolkit: the first of these folders that has both nvcc and the runtime's header."""
     candidates = [
-        os.environ.get("CUDA_HOME"),
-        os.environ.get("CUDA_PATH"),
-        nvcc and Path(nvcc).resolve().parent.parent,
-        "/usr/local/cuda",
+        lambda: os.environ.get("CUDA_HOME"),
+        lambda: os.environ.get("CUDA_PATH"),
+        toolkit_of_nvcc,
+        toolkit_of_torch,  # last: torch settles on its own guess once it was asked
     ]
-    for home in map(Path, filter(None, candidates)):
-        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
+    for candidate in candidates:
+        home = candidate()
+        if home and Path(home, "bin/nvcc").exists() and Path(home, "include/cuda_runtime.h").exists():
             return str(home)
     return None
 
