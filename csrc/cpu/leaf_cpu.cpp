@@ -92,13 +92,20 @@ void segment_parameters(const ParameterArgs& parameters, int64_t k, double* out)
   });
 }
 
+// The matrix, or one row of it all where the tensor's rows follow one another as its columns do.
+ParameterMatrix matrix_of(const ParameterMatrix& matrix, const ParameterStrides& strides) {
+  if (strides.row == matrix.columns * strides.column) return {1, matrix.rows * matrix.columns};
+  return matrix;
+}
+
 // The n parameters from `first` on, behind the last the first again, in runs of which a tensor has the values as near
 // to one another as can be: f(k, size, step, values, stride) of the k-th, (k + step)-th, ... of them, `size` in all,
-// which the tensor has at values[0], values[stride], ...
+// which the tensor has at values[0], values[stride], ... The matrix is the tensor's own.
 template <class P, class F>
 void for_each_run(P* values, const ParameterMatrix& matrix, const ParameterStrides& strides, int64_t first, int64_t n,
                   F f) {
-  const bool across = matrix.rows > 1 && strides.row < strides.column;
+  constexpr int64_t kMinRun = 8;  // measured: shorter ones across the rows cost more than values that lie apart
+  const bool across = matrix.rows > 1 && strides.row < strides.column && n >= kMinRun * matrix.columns;
   const int64_t step = across ? matrix.columns : 1, stride = across ? strides.row : strides.column;
   // Short runs far from one another: the processor does not foresee them.
   constexpr int64_t kAhead = 8, kLine = kVectorBytes / sizeof(P);
@@ -119,6 +126,15 @@ void for_each_run(P* values, const ParameterMatrix& matrix, const ParameterStrid
   }
 }
 
+// to[0], to[to_stride], ... = the n values from[0], from[from_stride], ...
+template <class To, class From>
+void convert(To* to, int64_t to_stride, const From* from, int64_t from_stride, int64_t n) {
+  if (to_stride == 1 && from_stride == 1)
+    std::transform(from, from + n, to, [](const From& value) { return static_cast<To>(value); });
+  else
+    for (int64_t j = 0; j < n; ++j) to[j * to_stride] = static_cast<To>(from[j * from_stride]);
+}
+
 // The parameters of the columns from `first` on, the first of a parameter's own, on to the next multiple of
 // kColumnMultiple, in the arithmetic type T: where they lie, or in a buffer.
 template <class T, int sets, int64_t kBlock>
@@ -126,21 +142,24 @@ class ColumnParameters {
  public:
   ColumnParameters(const ParameterArgs& parameters, const Plan& plan, int64_t fold, int64_t first, int64_t columns) {
     const int64_t padded = (columns + kColumnMultiple - 1) / kColumnMultiple * kColumnMultiple;
-    const ParameterMatrix& matrix = parameters.matrix;
     const int64_t k = first / plan.inner % plan.count;
-    const ParameterIndex index = matrix.at(k);
-    const bool in_place = plan.inner == 1 && fold == 1 && index.column + padded <= matrix.columns;
     for_each_parameter<sets>(parameters, [&](int q, const auto* p, const ParameterStrides& strides) {
+      const ParameterMatrix matrix = matrix_of(parameters.matrix, strides);
+      const ParameterIndex index = matrix.at(k);
       p_[q] = buffer_[q];
       if constexpr (std::is_same_v<decltype(p), const T*>)
-        if (in_place && strides.column == 1) {
+        if (plan.inner == 1 && fold == 1 && strides.column == 1 && index.column + padded <= matrix.columns) {
           p_[q] = p + strides.at(index);
           return;
         }
       T* const out = buffer_[q];
+      if (!strides.row && !strides.column) {
+        std::fill_n(out, padded, static_cast<T>(*p));
+        return;
+      }
       const int64_t n = (padded + plan.inner - 1) / plan.inner;
       for_each_run(p, matrix, strides, k, n, [&](int64_t to, int64_t size, int64_t step, auto* from, int64_t stride) {
-        for (int64_t j = 0; j < size; ++j) out[to + j * step] = static_cast<T>(from[j * stride]);
+        convert(out + to, step, from, stride, size);
       });
       if (plan.inner > 1)  // each for its columns, from the last, so that none is written over
         for (int64_t j = n; j-- > 0;)
@@ -262,9 +281,9 @@ void write_gradients(const Args& a, int64_t first, int64_t n, const T* sums, int
     for (int q = 0; q < Op::sums; ++q) {
       if (!a.dp[q]) continue;
       const T* const from = sums + q * stride;
-      for_each_run(static_cast<P*>(a.dp[q]), a.parameters.matrix, a.dp_strides[q], first, n,
+      for_each_run(static_cast<P*>(a.dp[q]), matrix_of(a.parameters.matrix, a.dp_strides[q]), a.dp_strides[q], first, n,
                    [&](int64_t k, int64_t size, int64_t step, P* to, int64_t to_stride) {
-                     for (int64_t j = 0; j < size; ++j) to[j * to_stride] = static_cast<P>(from[k + j * step]);
+                     convert(to, to_stride, from + k, step, size);
                    });
     }
   });
