@@ -1,4 +1,4 @@
-// The operators: schemas, checks, allocation. A backend supplies the two loops and registers itself with them.
+// The operators: schemas, checks, allocation. A backend supplies a Run and registers itself with them.
 #pragma once
 
 #include <ATen/core/Tensor.h>

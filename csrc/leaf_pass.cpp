@@ -160,6 +160,7 @@ std::array<Tensor, 4> Pass::run_with_sums(Run by, std::array<bool, 4> wanted) {
     for (int q = 0; q < 4; ++q)
       if (wanted[q]) dp[q] = at::empty(parameters_[q].sizes(), parameters_[q].options());
     if (run_in_place(by, dp)) return dp;
+    dp = {};
   }
   args_.dp_dtype = at::toOpMathType(args_.dtype);
   const int64_t limit = args_.workspace, size = window_size(sums * c10::elementSize(args_.dp_dtype));

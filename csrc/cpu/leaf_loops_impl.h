@@ -206,8 +206,8 @@ struct Block {
 };
 
 // Rows are taken `kTile` at a time, so that a column's parameters and sums pass through registers once for all of them.
-// The next tile's lines are asked for meanwhile: the processor foresees one long run, not
-// kTile short ones, each in pages of its own.
+// The next tile's lines are asked for meanwhile: the processor foresees one long run, not kTile short ones, each in
+// pages of its own.
 constexpr int kTile = 4;
 
 // Where a tile's sums come from and go to, each array [q·kSumStride<Op> + c]: the first tile of a group starts at 0,
