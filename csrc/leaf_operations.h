@@ -74,7 +74,7 @@ struct Backward {
 // (u, grad, v) and a second set of parameters, v1, ..., v4 → dgrad, du, Σ dp1, Σ dp2, Σ dp3. The gradient of p4 is 0.
 struct DoubleBackward {
   static constexpr Operation operation = Operation::double_backward;
-  static constexpr int inputs = 3, outputs = 2, sets = 2, sums = 4;
+  static constexpr int inputs = 3, outputs = 2, sets = 2, sums = 3;
   static constexpr unsigned repeatable = 0b110;
   static constexpr bool pitched = false, by_lines = false;
 

@@ -19,6 +19,10 @@ MUTATIONS = {
     "no barrier after a block's sum": (KERNELS, "  __syncthreads();  // before the next call writes\n", ""),
     "no barrier before the columns' sum": (KERNELS, "  __syncthreads();\n  const int inner", "  const int inner"),
     "no barrier in the finishing tree": (KERNELS, "      __syncthreads();\n      if (y < half)", "      if (y < half)"),
+    "no barrier before shared parameters": (KERNELS, "  __syncthreads();\n  if (t.active)", "  if (t.active)"),
+    "no barrier after shared parameters": (KERNELS, "  __syncthreads();  // before sums are written there\n", ""),
+    "no memory for shared parameters": (LAUNCH, "!c.parameter_vectors ? 4 : 0;", "!c.parameter_vectors ? 0 : 0;"),
+    "a shared parameter too few": (KERNELS, "own += c.ty;", "own += c.ty + 1;"),
     "a row's tail is one too long": (KERNELS, "min(next, begin + r.inner)", "min(next, begin + r.inner + 1)"),
     "a row's head is one too early": (KERNELS, "max(first, begin)", "max(first, begin - 1)"),
     "the columns' tail is one too short": (

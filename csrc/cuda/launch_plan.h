@@ -30,15 +30,19 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Into how many shares to divide the `steps` of each of `items`, at most `limit`: of those that fill the `at_once`
-// blocks that a device holds one time or a few, the one with the fewest steps in sequence. What a block does before and
-// after its steps counts as kOwnSteps.
-inline int64_t splits_for(int64_t items, int64_t steps, int64_t limit, int64_t at_once) {
-  constexpr int64_t kOwnSteps = 2, kMaxTimes = 4;
+// blocks that a device holds one time or a few, the one that takes the least time. It is counted in steps of a full
+// device, of which fewer blocks, down to half of them, still have all of the memory's speed; what a block does before
+// and after its steps counts as kOwnSteps, and a second kernel, for the sums of shares, as kFinishSteps.
+inline int64_t splits_for(int64_t items, int64_t steps, int64_t limit, int64_t at_once, bool sums) {
+  constexpr int64_t kOwnSteps = 2, kFinishSteps = 2, kMaxTimes = 4;
   int64_t best = 1, least = std::numeric_limits<int64_t>::max();
   for (int64_t times = 1; times <= kMaxTimes; ++times) {
     const int64_t splits = std::clamp<int64_t>(times * at_once / items, 1, limit);
-    const int64_t in_sequence = ceil_div(items * splits, at_once) * (ceil_div(steps, splits) + kOwnSteps);
-    if (in_sequence < least) best = splits, least = in_sequence;
+    const int64_t last = items * splits % at_once;
+    const int64_t blocks = items * splits - last + (last ? std::max(last, at_once / 2) : 0);
+    const int64_t time =
+        blocks * (ceil_div(steps, splits) + kOwnSteps) + (sums && splits > 1 ? at_once * kFinishSteps : 0);
+    if (time < least) best = splits, least = time;
   }
   return best;
 }
@@ -58,7 +62,7 @@ struct RowsLaunch {
 };
 
 // at_once: blocks that the device holds.
-inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t at_once) {
+inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t at_once, bool sums) {
   RowsLaunch r{plan.outer, plan.count, plan.inner, plan.pitch};
   r.aligned = plan.inner % vector == 0 && plan.pitch % vector == 0;
   r.vectors = r.aligned ? plan.inner / vector : (plan.inner + 2 * vector - 2) / vector;
@@ -67,7 +71,7 @@ inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t at
   const int64_t steps = ceil_div(slots, int64_t{r.threads} * unroll);
   // A term is the sum of a step's vectors.
   const int64_t for_accuracy = ceil_div(steps, kMaxSerialSum);
-  r.splits = std::max(splits_for(r.count, steps, steps, at_once), for_accuracy);
+  r.splits = std::max(splits_for(r.count, steps, steps, at_once, sums), for_accuracy);
   r.step_rows = r.splits * r.threads / r.vectors;
   r.step_vectors = r.splits * r.threads % r.vectors;
   r.step = r.step_rows * r.pitch;
@@ -122,7 +126,7 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t run, int vector, int
   const int64_t for_accuracy = ceil_div(rows, c.ty * kMaxSerialSum);
   int64_t most = kMaxGridY;
   if (sums) most = std::clamp<int64_t>(workspace / (sums * sum_bytes * c.period_parts * c.count), 1, kMaxGridY);
-  c.splits = splits_for(c.tiles, steps, std::min(steps, most), at_once);
+  c.splits = splits_for(c.tiles, steps, std::min(steps, most), at_once, sums);
   c.splits = std::min(std::max(c.splits, for_accuracy), most);
   return c;
 }

@@ -302,12 +302,16 @@ struct Operands {
   }
 };
 
-// Blocks that a multiprocessor is to hold at once, which bounds the registers: a thread has the parameters and the sums
-// of a column in them.
-template <class Op, class S>
-constexpr int kMinBlocks = Op::inputs == 1                               ? 3
-                           : Op::sums > 12 && sizeof(Arithmetic<S>) == 8 ? 1
-                                                                         : 2;
+// Blocks that a multiprocessor is to hold at once, which bounds a thread's registers: as many as leave room for what it
+// has loaded and, by columns, for the parameters and sums of each of its N columns (tests/kernel_resources.py).
+template <class Op, class S, int N, bool ByRows>
+constexpr int kMinBlocks = [] {
+  constexpr bool wide = sizeof(Arithmetic<S>) == 8;
+  constexpr int of_elements = Op::sums <= 4 ? 5 : Op::sums <= 12 ? 4 : 2;
+  if (N == 1) return wide ? (of_elements + 1) / 2 : of_elements;
+  if (Op::inputs == 1) return ByRows && !wide ? 4 : 3;
+  return Op::inputs == 2 && !wide && (ByRows || N < 8) ? 3 : 2;
+}();
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
@@ -368,7 +372,7 @@ __device__ __forceinline__ A block_sum(const A* sum) {
   return total;
 }
 
-// Where a block's sums go: to the gradients if they are whole, else to the workspace; nowhere if no gradient is wanted.
+// Where a block's sums go: to the gradients if they are whole, else to the workspace; nowhere if they are not wanted.
 template <int sums, class S>
 struct SumTarget {
   bool wanted;
@@ -380,7 +384,6 @@ struct SumTarget {
   ParameterStrides dp_strides[sums ? sums : 1];
 
   __device__ __forceinline__ void store_gradient(int q, int64_t k, Arithmetic<S> value) const {
-    if (!dp[q]) return;
     const int64_t at = dp_strides[q].at(matrix.at(k));
     with_type<S>(dp_dtype, [&](auto zero) {
       using P = decltype(zero);
@@ -388,6 +391,7 @@ struct SumTarget {
     });
   }
   __device__ __forceinline__ void store(int q, int64_t part, int64_t k, Arithmetic<S> value) const {
+    if (!dp[q]) return;
     if (!layout.whole)
       partial[(q * layout.parts + part) * layout.count + k] = value;
     else
@@ -428,7 +432,7 @@ __device__ __forceinline__ void run_rows(const RowsLaunch& r, int64_t k, int64_t
 }
 
 template <class Op, class S, int N, int Unroll>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S, N, true>)
     rows(RowsLaunch r, ParameterArgs parameters, Operands<Op, S> a,
          const __grid_constant__ SumTarget<Op::sums, S> target) {
   using A = Arithmetic<S>;
@@ -478,19 +482,42 @@ struct ColumnThread {
   }
 };
 
-// Those of N columns, from number `within` of the `inner` that have the index's on.
-template <class P, int sets, int N, class A>
-__device__ __forceinline__ void load_column_parameters(const ColumnsLaunch& c, const ParameterArgs& a,
-                                                       ParameterIndex index, int64_t within, Parameters<A>* p) {
-  if (N > 1 && c.parameter_vectors) return load_parameters<P, sets, N>(a, index, p);
+// The parameters of a thread's N columns, where those do not lie side by side. The threads that have the same columns
+// each load a part of them into shared memory, [q][column of N][tx]; behind a barrier, each takes them all.
+template <class P, int N, class A>
+__device__ __forceinline__ void share_parameters(const ColumnsLaunch& c, const ColumnThread<N>& t,
+                                                 const ParameterArgs& a, ParameterIndex index) {
+  A* const shared = reinterpret_cast<A*>(leaf_smem);
+  int64_t within = t.column % c.inner;
+  int own = t.ty;
 #pragma unroll
   for (int e = 0; e < N; ++e) {
-    load_parameters<P, sets, 1>(a, index, p + e * sets);
+    if (e == own) {
+      Parameters<A> p;
+      load_parameters<P, 1, 1>(a, index, &p);
+      const A values[] = {p.p1, p.p2, p.p3, p.p4};
+#pragma unroll
+      for (int q = 0; q < 4; ++q) shared[(q * N + e) * c.tx + t.tx] = values[q];
+      own += c.ty;
+    }
     if (++within == c.inner) {
       within = 0;
       a.matrix.advance(index);
     }
   }
+}
+template <int N, class A>
+__device__ __forceinline__ void take_parameters(const ColumnsLaunch& c, const ColumnThread<N>& t, Parameters<A>* p) {
+  const A* const shared = reinterpret_cast<const A*>(leaf_smem);
+  __syncthreads();
+  if (t.active) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      const auto value = [&](int q) { return shared[(q * N + e) * c.tx + t.tx]; };
+      p[e] = {value(0), value(1), value(2), value(3)};
+    }
+  }
+  __syncthreads();  // before sums are written there
 }
 
 // Stores the sums of a tile's parameters, over the block's rows, the periods in it and `inner`. All threads must call
@@ -530,18 +557,26 @@ __device__ __forceinline__ void store_sums_of_columns(const ColumnsLaunch& c, co
 }
 
 template <class Op, class S, int N, int Unroll>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S>)
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S, N, false>)
     columns(ColumnsLaunch c, ParameterArgs parameters, Operands<Op, S> a,
             const __grid_constant__ SumTarget<Op::sums, S> target) {
   using A = Arithmetic<S>;
   const ColumnThread<N> t(c);
-  A sum[N * kSums<Op>] = {};
+  const bool share = N > 1 && !c.parameter_vectors;
+  Parameters<A> p[N * Op::sets];
   if (t.active) {
-    Parameters<A> p[N * Op::sets];
     const ParameterIndex index = parameters.matrix.at(t.column / c.inner % c.count);
     with_type<S>(parameters.dtype, [&](auto zero) {
-      load_column_parameters<decltype(zero), Op::sets, N>(c, parameters, index, t.column % c.inner, p);
+      using P = decltype(zero);
+      if (share)
+        share_parameters<P, N, A>(c, t, parameters, index);
+      else
+        load_parameters<P, Op::sets, N>(parameters, index, p);
     });
+  }
+  if (share) take_parameters<N>(c, t, p);
+  A sum[N * kSums<Op>] = {};
+  if (t.active) {
     // Where a row is, for these columns: of pitched operations in lines, of which it has one or more, else in elements.
     const int64_t per_row = Op::pitched ? c.columns.width / c.line : c.columns.stride;
     const int64_t first = Op::pitched ? t.column / c.line : t.column, in_line = Op::pitched ? t.column % c.line : 0;
@@ -577,6 +612,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   double* const shared = reinterpret_cast<double*>(leaf_smem);  // [ky][kx]
   const int x = threadIdx.x % f.kx, y = threadIdx.x / f.kx;
   const int64_t count = f.sums.count, parts = f.sums.parts, q = blockIdx.y;
+  if (!target.dp[q]) return;
   for (int64_t k0 = static_cast<int64_t>(blockIdx.x) * f.kx; k0 < count; k0 += static_cast<int64_t>(gridDim.x) * f.kx) {
     double sum[Unroll] = {};
     if (k0 + x < count) {

@@ -33,6 +33,11 @@ constexpr int kVector = 16 / sizeof(S);
 template <class Op>
 constexpr bool kColumnVectors = Op::sets == 1;
 
+template <class Op, class S, bool ByRows>
+int min_blocks(bool vector) {
+  return vector ? kMinBlocks<Op, S, kVector<S>, ByRows> : kMinBlocks<Op, S, 1, ByRows>;
+}
+
 inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // A pass, planned: what it needs before it is launched.
@@ -49,7 +54,6 @@ struct LaunchPlan {
 template <class Op, class S>
 LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
   constexpr int64_t sum_bytes = sizeof(Arithmetic<S>);
-  const int64_t at_once = multiprocessors * kMinBlocks<Op, S>;
   LaunchPlan b{};
   b.sums_wanted = std::any_of(a.dp, a.dp + Op::sums, [](const void* dp) { return dp; });
   const int sums = b.sums_wanted ? Op::sums : 0;
@@ -62,12 +66,15 @@ LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
     for (int k = 0; k < Op::inputs; ++k) b.vector = b.vector && whole(a.in_pitch[k]);
     for (int k = 0; k < Op::outputs; ++k) b.vector = b.vector && whole(a.out_pitch[k]);
   }
+  int64_t at_once;                         // blocks that the device holds
   b.by_rows = by_rows(a.plan, sizeof(S));  // never with a run: `inner` is 1
   if (b.by_rows) {
-    b.rows = plan_rows(a.plan, b.vector ? kVector<S> : 1, kUnroll<Op>, at_once);
+    at_once = multiprocessors * min_blocks<Op, S, true>(b.vector);
+    b.rows = plan_rows(a.plan, b.vector ? kVector<S> : 1, kUnroll<Op>, at_once, sums);
     b.sums = partial_sums(sums, b.rows.splits, a.plan.count);
   } else {
     const auto plan = [&](int vector) {
+      at_once = multiprocessors * min_blocks<Op, S, false>(b.vector);
       b.columns = plan_columns(a.plan, a.run, vector, kUnroll<Op>, at_once, a.workspace, sums, sum_bytes);
       b.sums = partial_sums(sums, b.columns.splits * b.columns.period_parts, a.plan.count);
     };
@@ -110,8 +117,9 @@ void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Op::sums, S
     }
   if constexpr (N == 1 || kColumnVectors<Op>) {
     const ColumnsLaunch& c = b.columns;
-    launch(columns<Op, S, N, kUnroll<Op>>, dim3(c.tiles, c.splits), c.threads, sizeof(A) * Op::sums * c.ty * c.tx * N,
-           c, a.parameters, operands, target);
+    const int of_parameters = N > 1 && !c.parameter_vectors ? 4 : 0;
+    launch(columns<Op, S, N, kUnroll<Op>>, dim3(c.tiles, c.splits), c.threads,
+           sizeof(A) * std::max(Op::sums * c.ty, of_parameters) * c.tx * N, c, a.parameters, operands, target);
   }
 }
 

@@ -584,7 +584,7 @@ void large_plans() {
   const int64_t big = (int64_t{1} << 31) + 17;
   for (const Plan& plan : {Plan{1, 1, big}, Plan{big, 3, 64}, Plan{5, big, 100}, Plan{3, 7, big}}) {
     constexpr int N = 8;
-    const RowsLaunch r = plan_rows(plan, N, 2, 264);
+    const RowsLaunch r = plan_rows(plan, N, 2, 264, true);
     const std::string what = "rows " + std::to_string(plan.outer) + " " + std::to_string(plan.count);
     check(r.grid >= 1 && r.grid <= 264 * kMaxWaves && r.threads % kWarp == 0, what + " grid");
     check(r.step_rows * r.vectors + r.step_vectors == r.splits * r.threads, what + " step");
