@@ -301,6 +301,22 @@ def test_layouts(device, kind):
     assert all(torch.equal(a, b) for a, b in zip(copies, (x, *states)))
 
 
+@pytest.mark.parametrize("mkldnn", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_biases_of_any_stride(kind, mkldnn):
+    """In float32, where oneDNN ignores strides; one of the two biases at a time, as it is taken as it lies."""
+    x, states, rest = draw(kind, 4, 3, 5, dtype=torch.float32)
+    n = len(rest[2])
+    biases = {"step": torch.randn(2 * n)[::2], "column": torch.randn(n, 3)[:, 1], "expanded": torch.randn(1).expand(n)}
+    for own, other in ((2, 3), (3, 2)):
+        for bias in biases.values():
+            with torch.backends.mkldnn.flags(enabled=mkldnn):
+                rest[own], rest[other] = bias, None
+                results = evaluate(fused, kind, x, states, rest)
+                rest[own] = bias.contiguous()
+                assert_same(results, evaluate(fused, kind, x, states, rest), 0)
+
+
 def pointwise(kind, batch, hidden, dtype, parameter_dtype, device):
     """A single step of pre-activations that no product rounds: x by the identity, h by zeros."""
     gates = {"LSTM": 4, "GRU": 3}[kind]
