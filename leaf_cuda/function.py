@@ -12,12 +12,10 @@ def differentiates_forward() -> bool:
 
 
 def takes_function() -> bool:
-    """Whether this call is inside a torch.func transform that takes a torch.autograd.Function; functionalize takes
-    none."""
-    if not torch._C._are_functorch_transforms_active() or differentiates_forward():
+    """Whether this call is inside a torch.func transform that takes a torch.autograd.Function: functionalize takes none,
+    and Dynamo makes wrong gradients of one inside a transform."""
+    if not torch._C._are_functorch_transforms_active() or differentiates_forward() or torch.compiler.is_compiling():
         return False
-    if torch.compiler.is_compiling():  # Dynamo traces no functionalize, nor what follows
-        return True
     functionalize = torch._C._functorch.TransformType.Functionalize
     return all(level.key() != functionalize for level in torch._C._functorch.get_interpreter_stack())
 
@@ -48,11 +46,17 @@ class LeafFunction(torch.autograd.Function):
     """``LeafFunction.apply(u, p1, p2, p3, p4)``: what :func:`leaf_cuda.leaf` computes; p2 and p4 may be None.
 
     Saves u and the parameters only, and asks the backward kernel for just the gradients that are needed. It has no
-    forward-mode derivative (``torch.func.jvp``), :func:`leaf_cuda.leaf` has.
+    forward-mode derivative (``torch.func.jvp``), :func:`leaf_cuda.leaf` has; and inside ``torch.compile`` it raises
+    NotImplementedError in a transform of ``torch.func``, where Dynamo makes wrong gradients of a Function.
     """
 
     @staticmethod
     def forward(u, p1, p2, p3, p4):
+        if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "LeafFunction: torch.compile makes wrong gradients of a torch.autograd.Function inside a transform of "
+                "torch.func; call leaf_cuda.leaf"
+            )
         sharding.prepare(u)
         return _ops.leaf_forward(u, p1, p2, p3, p4)
 

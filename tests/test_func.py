@@ -280,6 +280,41 @@ def test_compiled(transform, backend):
         torch.testing.assert_close(result, e, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("transform", ["grad", "vjp", "grad_of_grad", "jacrev", "vmap", "vmap_of_grad"])
+def test_compiled_beside_what_requires_grad(transform):
+    """As a module's parameters do, outside of the transform: its results, and their gradients."""
+    torch._dynamo.reset()
+    u, *parameters = inputs("cpu")
+    transformed = {
+        "grad": lambda f: grad(loss(f)),
+        "vjp": lambda f: lambda u: vjp(f, u)[1](u.cos())[0],
+        "grad_of_grad": lambda f: grad(lambda u: loss(grad(loss(f)))(u)),
+        "jacrev": jacrev,
+        "vmap": lambda f: lambda u: vmap(f)(torch.stack([u, u.cos()])),
+        "vmap_of_grad": lambda f: lambda u: vmap(grad(loss(f)))(torch.stack([u, u.cos()])),
+    }[transform]
+
+    def results(f, **options):
+        trained = [p.clone().requires_grad_() for p in parameters]
+        function = transformed(lambda u: f(u, *trained))
+        y = torch.compile(function, **options)(u) if options else function(u)
+        return y, *torch.autograd.grad(loss(lambda y: y)(y), trained, allow_unused=True, materialize_grads=True)
+
+    for result, e in zip(results(leaf_cuda.leaf, fullgraph=True, backend="aot_eager"), results(plain), strict=True):
+        torch.testing.assert_close(result, e, rtol=1e-10, atol=1e-12)
+
+
+def test_leaf_function_compiled_inside_a_transform():
+    """An error: Dynamo's gradient of an autograd.Function there is wrong."""
+    torch._dynamo.reset()
+    u, *parameters = inputs("cpu")
+    trained = [p.requires_grad_() for p in parameters]
+    transformed = grad(lambda u: loss(leaf_cuda.LeafFunction.apply)(u, *trained))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="call leaf_cuda.leaf"):
+        torch.compile(transformed, backend="eager", fullgraph=True)(u)
+
+
 # ---- modules ---------------------------------------------------------------------------------------------------------
 
 
