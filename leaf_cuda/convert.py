@@ -144,9 +144,10 @@ def replace_activations(
     nn.ReLU, SiLU, Tanh and Sigmoid keep their values (ReLU within 5e-6), GELU, Hardswish and Hardsigmoid nearly. They
     are found as modules, as functions kept in attributes (``self.act = F.gelu``), and as calls (``F.relu(x)``,
     ``x.tanh()``) in a ``forward`` that torch.fx can trace and that takes the same way at each call: one that depends on
-    its inputs, their types, or which of its arguments are given, is left alone. A traced module gets the traced
-    ``forward``, under which the values it read from its attributes stay as they were, and new children for the calls.
-    ``deepcopy`` and ``state_dict`` work on it, ``pickle`` refuses it.
+    its inputs, their types, which of its arguments are given, or the grad or autocast mode, is left alone. No trace sees
+    ``type(x) is ...``, ``x is y`` and ``match x``; but one that computes something else from ``example_inputs`` is not
+    taken. A traced module gets the traced ``forward``, under which the values it read from its attributes stay as they
+    were, and new children for the calls. ``deepcopy`` and ``state_dict`` work on it, ``pickle`` refuses it.
 
     Each place gets parameters of its own, also where one parameterless module, ``act = nn.ReLU()``, stands in several.
     An activation that worked in place does so no more. A call whose input is used again behind it is left alone; of a
@@ -248,6 +249,16 @@ def _check(model, defaults: dict, rules: Mapping) -> dict[str | type, dict | Non
 
 
 @dataclass
+class _Traced:
+    """A module whose class got a traced forward."""
+
+    name: str
+    module: nn.Module
+    own: type[nn.Module]
+    traced: type[nn.Module]
+
+
+@dataclass
 class _Place:
     """An activation in its parent, and what it saw in the example run."""
 
@@ -257,6 +268,7 @@ class _Place:
     old: nn.Module
     label: str
     options: dict
+    is_call: bool = False  # in the parent's traced forward
     inputs: list[tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=list)
 
 
@@ -267,6 +279,7 @@ class _Conversion:
         self.unmatched = dict.fromkeys(rules)
         self.activations = (*FORM_OF, *_WITHOUT_FORM, AHAF, *(key for key in rules if isinstance(key, type)))
         self.places: list[_Place] = []
+        self.traced: list[_Traced] = []
         self.inside: set[nn.Module] = set()  # what is in an activation, which is decided as a whole
 
     def run(self) -> Report:
@@ -278,6 +291,7 @@ class _Conversion:
             self._find_children(name, module)
             self._find_functions(name, module)
             self._find_calls(name, module)
+        self._try_traced(before)
         self._observe()
         self._replace()
         self.report.kept += [Kept(str(key), "rule", "it matches no activation") for key in self.unmatched]
@@ -357,9 +371,10 @@ class _Conversion:
             attributes[node] = next(a for a in _numbered(node) if not hasattr(module, a))
             self.undo.callback(module._modules.pop, attributes[node], None)
             path = _join(name, attributes[node])
-            self._add(_Place(path, module, attributes[node], fixed, f"{called}()", options))
-        self.undo.callback(setattr, module, "__class__", type(module))
-        module.__class__ = _with_forward(module, graphs, attributes)
+            self._add(_Place(path, module, attributes[node], fixed, f"{called}()", options, is_call=True))
+        self.undo.callback(setattr, module, "__class__", cls)
+        self.traced.append(_Traced(name, module, cls, _with_forward(module, graphs, attributes)))
+        module.__class__ = self.traced[-1].traced
 
     def _decide(self, path: str, fixed: nn.Module) -> dict | None:
         """How to replace `fixed`; None, and a line in the report where a user would expect one, to leave it."""
@@ -408,6 +423,31 @@ class _Conversion:
                 place.parent._modules.__setitem__, place.attribute, place.parent._modules[place.attribute]
             )
         place.parent.add_module(place.attribute, module)
+
+    def _try_traced(self, before: list | None) -> None:
+        """Takes back traced forwards that, with the fixed activations still, compute something else."""
+
+        def same() -> bool:
+            try:
+                outputs = self._outputs()
+            except Exception:  # whatever the model's own code raises
+                return False
+            return len(outputs) == len(before) and all(map(_is_near, before, outputs))
+
+        if before is None or same():
+            return
+        for t in self.traced:
+            t.module.__class__ = t.own
+        for t in self.traced:
+            t.module.__class__ = t.traced
+            if same():
+                continue
+            t.module.__class__ = t.own
+            for place in [p for p in self.places if p.parent is t.module and p.is_call]:
+                del t.module._modules[place.attribute]
+                self.places.remove(place)
+            reason = "its trace by torch.fx computes something else from example_inputs"
+            self.report.kept.append(Kept(t.name or "the model", "calls in its forward", reason))
 
     # What the activations are called with.
 
@@ -542,6 +582,15 @@ def _difference(before: list[Tensor], after: list[Tensor]) -> float | None:
     return torch.tensor(differences).max().item() if differences else None
 
 
+def _is_near(a: Tensor, b: Tensor) -> bool:
+    """Whether one computation may have given both, on a device that adds up in any order."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.is_meta or not a.numel():
+        return True
+    return _difference([a], [b]) <= 1e-3 * a.double().nan_to_num().abs().max().item()
+
+
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
@@ -578,19 +627,18 @@ def _name(node: fx.Node) -> str:
 class _OneModule(fx.Tracer):
     """Traces a module's own forward; its children are called, not looked into. Raises for what no graph holds."""
 
-    def __init__(self, absent: frozenset[str]):
+    def __init__(self, given: Mapping):
         super().__init__()
-        self.absent = absent
+        self.given = given
         self.modes = _modes()
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return True
 
     def create_args_for_root(self, *args, **kwargs):
-        """The arguments named in `absent` are left out of the call: they have their default values."""
+        """The arguments named in `given` have their values there."""
         function, values = super().create_args_for_root(*args, **kwargs)
-        default = {v: v.node.args[0] for v in values if type(v) is fx.Proxy and v.node.target in self.absent}
-        return function, [default.get(v, v) for v in values]
+        return function, [self.given.get(v.node.target, v) if type(v) is fx.Proxy else v for v in values]
 
     def create_node(self, *args, **kwargs) -> fx.Node:
         if _modes() != self.modes:
@@ -628,26 +676,59 @@ def _refusing_type_checks() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _autocast() -> Iterator[None]:
+    devices = [d for d in ("cpu", "cuda") if not torch.is_autocast_enabled(d)]
+    for device in devices:
+        torch.set_autocast_enabled(device, True)
+    try:
+        yield
+    finally:
+        for device in devices:
+            torch.set_autocast_enabled(device, False)
+
+
 def _trace(module: nn.Module, training: bool) -> fx.Graph:
     """Raises where the graph would not do what the forward does at each call."""
     with torch.enable_grad():
         graph = _trace_once(module, training)
-        optional = [node.target for node in graph.nodes if node.op == "placeholder" and node.args]
-        for absent in {frozenset(optional), *(frozenset([name]) for name in optional)}:
-            if _steps(graph, absent) != _steps(_trace_once(module, training, absent), absent):
-                raise RuntimeError(f"it does other things without {' and '.join(sorted(absent))}")
-    with torch.no_grad():
-        if _steps(graph) != _steps(_trace_once(module, training)):
-            raise RuntimeError("it does other things without gradients")
+        arguments = [node for node in graph.nodes if node.op == "placeholder"]
+        if any(node.target.startswith("**") and node.users for node in arguments):
+            raise RuntimeError("it looks into its keyword arguments")
+        default = {node.target: node.args[0] for node in arguments if node.args}
+        for given in (default, *({name: value} for name, value in default.items())):
+            if _steps(graph, given) != _steps(_trace_once(module, training, given), given):
+                raise RuntimeError(f"it does other things without {' and '.join(sorted(given))}")
+        named = [node.target for node in arguments if not node.target.startswith("*")]
+        others = [{name: None} for name in named if default.get(name, ...) is not None]
+        others += [{name: not value} for name, value in default.items() if isinstance(value, bool)]
+        for given in others:
+            try:
+                same = _steps(graph, given) == _steps(_trace_once(module, training, given), given)
+            except (fx.proxy.TraceError, RuntimeError):
+                same = False
+            except Exception:  # so would the call
+                continue
+            if not same:
+                ((name, value),) = given.items()
+                raise RuntimeError(f"it does other things with {name}={value}")
+    for mode, where in (
+        (torch.no_grad, "without gradients"),
+        (torch.inference_mode, "in inference mode"),
+        (_autocast, "under autocast"),
+    ):
+        with mode():
+            if _steps(graph) != _steps(_trace_once(module, training)):
+                raise RuntimeError(f"it does other things {where}")
     return graph
 
 
-def _steps(graph: fx.Graph, absent: frozenset[str] = frozenset()) -> str:
-    """What two graphs of one forward are compared by; the placeholders named in `absent` as their default values."""
-    names = {}
+def _steps(graph: fx.Graph, given: Mapping | None = None) -> str:
+    """What two graphs of one forward are compared by; the placeholders named in `given` as their values there."""
+    given, names = given or {}, {}
     for node in graph.nodes:
-        is_absent = node.op == "placeholder" and node.target in absent
-        names[node] = node.args[0] if is_absent else f"%{len(names)}"
+        is_given = node.op == "placeholder" and node.target in given
+        names[node] = given[node.target] if is_given else f"%{len(names)}"
     return repr(
         [
             (node.op, node.target, fx.node.map_arg((node.args, node.kwargs), names.__getitem__))
@@ -657,7 +738,7 @@ def _steps(graph: fx.Graph, absent: frozenset[str] = frozenset()) -> str:
     )
 
 
-def _trace_once(module: nn.Module, training: bool, absent: frozenset[str] = frozenset()) -> fx.Graph:
+def _trace_once(module: nn.Module, training: bool, given: Mapping | None = None) -> fx.Graph:
     if "forward" in vars(module):
         raise RuntimeError("its forward is not its class's")
     containers = (dict, list, set)
@@ -691,7 +772,7 @@ def _trace_once(module: nn.Module, training: bool, absent: frozenset[str] = froz
     try:
         with torch.random.fork_rng(devices=[]):
             with _refusing_type_checks():
-                graph = _OneModule(absent).trace(probe)
+                graph = _OneModule(given or {}).trace(probe)
             attributes_after, generators_after = state()
     finally:
         random.setstate(generators[0])

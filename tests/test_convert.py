@@ -305,9 +305,35 @@ def asking_is_tensor(self, x):
     return F.relu(x) if torch.is_tensor(x) else F.relu(x[0])
 
 
+def asking_for_autocast(self, x):
+    return F.relu(x) if torch.is_autocast_enabled() else F.relu(self.fc1(x))
+
+
+def asking_for_inference_mode(self, x):
+    return F.relu(x) if torch.is_inference_mode_enabled() else F.relu(self.fc1(x))
+
+
+def asking_for_a_required_argument(self, x, mask):
+    return F.relu(x) if mask is None else F.relu(x) * mask
+
+
+def asking_for_none_in_place_of_a_default(self, x, scale=2.0):
+    return F.relu(x) if scale is None else F.relu(x) * scale
+
+
+def asking_for_true(self, x, twice=False):
+    return F.relu(x) * 2 if twice is True else F.relu(x)
+
+
+def asking_for_keywords(self, x, **options):
+    return F.relu(x) if options.get("scale") is None else F.relu(x) * options["scale"]
+
+
 @pytest.mark.parametrize(
     "body, reason",
     [
+        (asking_for_autocast, "torch.fx: it does other things under autocast"),
+        (asking_for_inference_mode, "torch.fx: it does other things in inference mode"),
         (without_gradients, "torch.fx: it changes the grad mode or autocast within"),
         (torch.no_grad()(lambda self, x: F.relu(x)), "torch.fx: it changes the grad mode"),
         (under_autocast, "torch.fx: it changes the grad mode or autocast within"),
@@ -371,6 +397,57 @@ def test_optional_arguments(grad):
     with pytest.warns(UserWarning, match="nothing replaced"):
         (kept,) = replace_activations(Asking()).kept
     assert "torch.fx: it does other things without mask and scale" in kept.reason
+
+
+@pytest.mark.parametrize(
+    "body, reason",
+    [
+        (asking_for_a_required_argument, "it does other things with mask=None"),
+        (asking_for_none_in_place_of_a_default, "it does other things with scale=None"),
+        (asking_for_true, "it does other things with twice=True"),
+        (asking_for_keywords, "it looks into its keyword arguments"),
+    ],
+)
+def test_arguments_asked_for(body, reason):
+    module = type("Asking", (nn.Module,), {"forward": body})()
+    with pytest.warns(UserWarning, match="nothing replaced"):
+        (kept,) = replace_activations(module).kept
+    assert kept.reason == f"torch.fx: {reason}"
+
+
+def test_arguments_that_take_no_none():
+    """A call that fails with None for an argument is none to be kept for."""
+
+    class Masked(nn.Module):
+        def forward(self, x, mask, *, causal=False):
+            return F.scaled_dot_product_attention(F.relu(x + 1), x, x * mask, is_causal=causal)
+
+    model, original = Masked(), Masked()
+    assert replace_activations(model).replaced
+    for causal in (False, True):
+        given = X[None], torch.ones(X.shape[-1])
+        torch.testing.assert_close(model(*given, causal=causal), original(*given, causal=causal))
+
+
+def test_trace_that_example_inputs_refute():
+    """What no trace sees: the module is as it was, and others are converted."""
+
+    class Asking(nn.Module):
+        def forward(self, x):
+            return F.relu(x) if type(x) is torch.Tensor else F.relu(x) * 100
+
+    class Plain(nn.Module):
+        def forward(self, x):
+            return F.silu(x)
+
+    model = nn.Sequential(Plain(), Asking(), Plain())
+    state = dict(vars(model[1]))
+    report = replace_activations(model, example_inputs=X)
+    assert [r.name for r in report.replaced] == ["0.silu", "2.silu"] and report.output_difference < 1e-5
+    assert [(k.name, k.reason) for k in report.kept] == [
+        ("1", "its trace by torch.fx computes something else from example_inputs")
+    ]
+    assert type(model[1]) is Asking and vars(model[1]) == state and not model[1]._modules
 
 
 @pytest.mark.parametrize("inside", [False, True])
