@@ -46,7 +46,7 @@ def _as_tensors(function: str, u: Tensor, parameters) -> list[Tensor | None]:
         if isinstance(p, numbers.Real) and not isinstance(p, bool):
             try:
                 p = torch.full((), float(p), dtype=dtype, device=u.device)
-            except OverflowError:
+            except (OverflowError, RuntimeError):  # beyond float64, beyond float32
                 raise ValueError(f"{function}: {name} is {p}; it takes a number in the range of {dtype}") from None
         elif isinstance(p, Tensor) and p.dtype == u.dtype:
             p = p.to(dtype)
