@@ -1,8 +1,8 @@
 // One pass of an operation over u: its plan and arguments, made of tensors of any layout.
 //
-// Parameters are read, and their gradients written, where they lie. Where that cannot be (Broadcast::matrix), or a wanted
-// gradient has fewer values than the plan, they are copied and the gradients summed from `count` values each. Both may
-// take half of workspace_limit; so where there are many, the pass runs window by window (Broadcast::Window).
+// Parameters are read, and their gradients written, where they lie. Where that cannot be (Broadcast::matrix), or a
+// wanted gradient has fewer values than the plan, they are copied and the gradients summed from `count` values each.
+// Both may take half of workspace_limit; so where there are many, the pass runs window by window (Broadcast::Window).
 #pragma once
 
 #include <array>

@@ -29,19 +29,19 @@ constexpr int64_t kManyTiles = 8;
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Into how many shares to divide the `steps` of each of `items`, at most `limit`: of those that fill the `at_once`
-// blocks that a device holds one time or a few, the one that takes the least time. It is counted in steps of a full
-// device, of which fewer blocks, down to half of them, still have all of the memory's speed; what a block does before
-// and after its steps counts as kOwnSteps, and a second kernel, for the sums of shares, as kFinishSteps.
-inline int64_t splits_for(int64_t items, int64_t steps, int64_t limit, int64_t at_once, bool sums) {
+// Into how many shares to divide the `steps` of each of `items`, at most `limit`: of one, and those that fill the
+// `at_once` blocks that a device holds one time or a few, the number that takes the least time. It is counted in steps
+// of a full device, of which fewer blocks, down to half of them, still have all of the memory's speed; what a block
+// does before and after its steps counts as kOwnSteps, and a second kernel, where shares need one, as kFinishSteps.
+inline int64_t splits_for(int64_t items, int64_t steps, int64_t limit, int64_t at_once, bool finish) {
   constexpr int64_t kOwnSteps = 2, kFinishSteps = 2, kMaxTimes = 4;
   int64_t best = 1, least = std::numeric_limits<int64_t>::max();
-  for (int64_t times = 1; times <= kMaxTimes; ++times) {
+  for (int64_t times = 0; times <= kMaxTimes; ++times) {
     const int64_t splits = std::clamp<int64_t>(times * at_once / items, 1, limit);
     const int64_t last = items * splits % at_once;
     const int64_t blocks = items * splits - last + (last ? std::max(last, at_once / 2) : 0);
     const int64_t time =
-        blocks * (ceil_div(steps, splits) + kOwnSteps) + (sums && splits > 1 ? at_once * kFinishSteps : 0);
+        blocks * (ceil_div(steps, splits) + kOwnSteps) + (finish && splits > 1 ? at_once * kFinishSteps : 0);
     if (time < least) best = splits, least = time;
   }
   return best;
@@ -126,7 +126,7 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t run, int vector, int
   const int64_t for_accuracy = ceil_div(rows, c.ty * kMaxSerialSum);
   int64_t most = kMaxGridY;
   if (sums) most = std::clamp<int64_t>(workspace / (sums * sum_bytes * c.period_parts * c.count), 1, kMaxGridY);
-  c.splits = splits_for(c.tiles, steps, std::min(steps, most), at_once, sums);
+  c.splits = splits_for(c.tiles, steps, std::min(steps, most), at_once, sums && c.period_parts == 1);
   c.splits = std::min(std::max(c.splits, for_accuracy), most);
   return c;
 }

@@ -66,31 +66,32 @@ LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
     for (int k = 0; k < Op::inputs; ++k) b.vector = b.vector && whole(a.in_pitch[k]);
     for (int k = 0; k < Op::outputs; ++k) b.vector = b.vector && whole(a.out_pitch[k]);
   }
-  int64_t at_once;                         // blocks that the device holds
   b.by_rows = by_rows(a.plan, sizeof(S));  // never with a run: `inner` is 1
+  const auto vector = [&] { return b.vector ? kVector<S> : 1; };
+  const auto at_once = [&] {  // blocks that the device holds
+    return multiprocessors * (b.by_rows ? min_blocks<Op, S, true>(b.vector) : min_blocks<Op, S, false>(b.vector));
+  };
   if (b.by_rows) {
-    at_once = multiprocessors * min_blocks<Op, S, true>(b.vector);
-    b.rows = plan_rows(a.plan, b.vector ? kVector<S> : 1, kUnroll<Op>, at_once, sums);
+    b.rows = plan_rows(a.plan, vector(), kUnroll<Op>, at_once(), sums);
     b.sums = partial_sums(sums, b.rows.splits, a.plan.count);
   } else {
-    const auto plan = [&](int vector) {
-      at_once = multiprocessors * min_blocks<Op, S, false>(b.vector);
-      b.columns = plan_columns(a.plan, a.run, vector, kUnroll<Op>, at_once, a.workspace, sums, sum_bytes);
+    const auto plan = [&] {
+      b.columns = plan_columns(a.plan, a.run, vector(), kUnroll<Op>, at_once(), a.workspace, sums, sum_bytes);
       b.sums = partial_sums(sums, b.columns.splits * b.columns.period_parts, a.plan.count);
     };
     const int64_t period = a.plan.period(), pitch = a.plan.pitch;
     b.vector = b.vector && kColumnVectors<Op> && (pitch == period || (whole(pitch) && whole(period)));
-    if (b.vector) plan(kVector<S>);
+    if (b.vector) plan();
     // Periods side by side may have partial sums whatever the splits.
     b.vector = b.vector && b.sums.values * sum_bytes <= a.workspace;
-    if (!b.vector) plan(1);
+    if (!b.vector) plan();
     b.columns.parameter_vectors = b.vector && a.plan.inner == 1 && whole(a.parameters.matrix.columns);
     for (int q = 0; q < 4 * Op::sets; ++q) {
       const ParameterStrides& s = a.parameters.strides[q];
       b.columns.parameter_vectors &= s.column == 0 || (s.column == 1 && whole(s.row) && is_aligned(a.parameters.p[q]));
     }
   }
-  b.finish = plan_finish(b.sums, at_once);
+  b.finish = plan_finish(b.sums, at_once());
   b.workspace_bytes = b.sums.values * sum_bytes;
   return b;
 }
