@@ -144,7 +144,7 @@ def replace_activations(
     nn.ReLU, SiLU, Tanh and Sigmoid keep their values (ReLU within 5e-6), GELU, Hardswish and Hardsigmoid nearly. They
     are found as modules, as functions kept in attributes (``self.act = F.gelu``), and as calls (``F.relu(x)``,
     ``x.tanh()``) in a ``forward`` that torch.fx can trace and that takes the same way at each call: one that depends on
-    its inputs, their types, which of its arguments are given, or the grad or autocast mode, is left alone. No trace sees
+    its inputs, their types, which of its arguments are given, or grad mode or autocast, is left alone. No trace sees
     ``type(x) is ...``, ``x is y`` and ``match x``; but one that computes something else from ``example_inputs`` is not
     taken. A traced module gets the traced ``forward``, under which the values it read from its attributes stay as they
     were, and new children for the calls. ``deepcopy`` and ``state_dict`` work on it, ``pickle`` refuses it.
@@ -161,7 +161,8 @@ def replace_activations(
         granularity: "layer", "channel" or "element" of the input without its first dimension, the batch.
         channel_dim: the dimension of the channels in the activations' inputs: 1 in (N, C, H, W), -1 in (N, L, C).
         example_inputs: the model's input, a tuple of them, or a dict of keyword arguments. The model runs on them, in eval mode and without
-            gradients, before and after; "channel" and "element" take their sizes from the run.
+            gradients, before and after, and between to try traced forwards; "channel" and "element" take their sizes
+            from the run.
         rules: what to do with some of the activations, by the name of the module with wildcards (``"head.*"``), or by
             its exact type, fixed activations of your own among them. The value is a form as LEAF's ``init_as``, None to
             leave it alone, or a dict of ``init_as``, ``kind``, ``granularity`` and ``channel_dim``. The first rule that
@@ -250,12 +251,22 @@ def _check(model, defaults: dict, rules: Mapping) -> dict[str | type, dict | Non
 
 @dataclass
 class _Traced:
-    """A module whose class got a traced forward."""
+    """A module that got a traced forward, and children for the calls in it."""
 
     name: str
     module: nn.Module
     own: type[nn.Module]
     traced: type[nn.Module]
+    calls: dict[str, nn.Module]
+
+    def put(self) -> None:
+        self.module.__class__ = self.traced
+        self.module._modules.update(self.calls)
+
+    def take_back(self) -> None:
+        self.module.__class__ = self.own
+        for attribute in self.calls:
+            self.module._modules.pop(attribute, None)
 
 
 @dataclass
@@ -268,7 +279,6 @@ class _Place:
     old: nn.Module
     label: str
     options: dict
-    is_call: bool = False  # in the parent's traced forward
     inputs: list[tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=list)
 
 
@@ -291,7 +301,7 @@ class _Conversion:
             self._find_children(name, module)
             self._find_functions(name, module)
             self._find_calls(name, module)
-        self._try_traced(before)
+        self._try_traced()
         self._observe()
         self._replace()
         self.report.kept += [Kept(str(key), "rule", "it matches no activation") for key in self.unmatched]
@@ -366,15 +376,15 @@ class _Conversion:
             reason = "other activations in train than in eval mode"
             self.report.kept.append(Kept(name or "the model", "calls in its forward", reason))
             return
-        attributes = {}
+        attributes, calls = {}, {}
         for node, (called, fixed, options) in accepted.items():
             attributes[node] = next(a for a in _numbered(node) if not hasattr(module, a))
             self.undo.callback(module._modules.pop, attributes[node], None)
-            path = _join(name, attributes[node])
-            self._add(_Place(path, module, attributes[node], fixed, f"{called}()", options, is_call=True))
+            path, calls[attributes[node]] = _join(name, attributes[node]), fixed
+            self._add(_Place(path, module, attributes[node], fixed, f"{called}()", options))
         self.undo.callback(setattr, module, "__class__", cls)
-        self.traced.append(_Traced(name, module, cls, _with_forward(module, graphs, attributes)))
-        module.__class__ = self.traced[-1].traced
+        self.traced.append(_Traced(name, module, cls, _with_forward(module, graphs, attributes), calls))
+        self.traced[-1].put()
 
     def _decide(self, path: str, fixed: nn.Module) -> dict | None:
         """How to replace `fixed`; None, and a line in the report where a user would expect one, to leave it."""
@@ -424,28 +434,36 @@ class _Conversion:
             )
         place.parent.add_module(place.attribute, module)
 
-    def _try_traced(self, before: list | None) -> None:
+    def _try_traced(self) -> None:
         """Takes back traced forwards that, with the fixed activations still, compute something else."""
-
-        def same() -> bool:
-            try:
-                outputs = self._outputs()
-            except Exception:  # whatever the model's own code raises
-                return False
-            return len(outputs) == len(before) and all(map(_is_near, before, outputs))
-
-        if before is None or same():
+        if self.inputs is None or not self.traced:
             return
         for t in self.traced:
-            t.module.__class__ = t.own
+            t.take_back()
+        expected = self._outputs()
+        if not _are_near(expected, self._outputs()):  # not even the model itself computes it again
+            for t in self.traced:
+                t.put()
+            return
+
+        def as_expected() -> bool:
+            try:
+                return _are_near(expected, self._outputs())
+            except Exception:  # whatever the model's own code raises
+                return False
+
         for t in self.traced:
-            t.module.__class__ = t.traced
-            if same():
+            t.put()
+        if as_expected():
+            return
+        for t in self.traced:
+            t.take_back()
+        for t in self.traced:
+            t.put()
+            if as_expected():
                 continue
-            t.module.__class__ = t.own
-            for place in [p for p in self.places if p.parent is t.module and p.is_call]:
-                del t.module._modules[place.attribute]
-                self.places.remove(place)
+            t.take_back()
+            self.places = [p for p in self.places if p.parent is not t.module or p.attribute not in t.calls]
             reason = "its trace by torch.fx computes something else from example_inputs"
             self.report.kept.append(Kept(t.name or "the model", "calls in its forward", reason))
 
@@ -582,13 +600,16 @@ def _difference(before: list[Tensor], after: list[Tensor]) -> float | None:
     return torch.tensor(differences).max().item() if differences else None
 
 
-def _is_near(a: Tensor, b: Tensor) -> bool:
+def _are_near(a: list[Tensor], b: list[Tensor]) -> bool:
     """Whether one computation may have given both, on a device that adds up in any order."""
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if [(t.shape, t.dtype) for t in a] != [(t.shape, t.dtype) for t in b]:
         return False
-    if a.is_meta or not a.numel():
-        return True
-    return _difference([a], [b]) <= 1e-3 * a.double().nan_to_num().abs().max().item()
+    for x, y in zip(a, b):
+        if x.numel() and not x.is_meta:
+            largest = x.double().nan_to_num(0, 0, 0).abs().max().item()
+            if not _difference([x], [y]) <= 1e-3 * largest:
+                return False
+    return True
 
 
 @contextlib.contextmanager
@@ -624,6 +645,10 @@ def _name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else node.target.__name__
 
 
+class _Untraceable(RuntimeError):
+    """The reason why a graph would not do what the forward does."""
+
+
 class _OneModule(fx.Tracer):
     """Traces a module's own forward; its children are called, not looked into. Raises for what no graph holds."""
 
@@ -642,11 +667,11 @@ class _OneModule(fx.Tracer):
 
     def create_node(self, *args, **kwargs) -> fx.Node:
         if _modes() != self.modes:
-            raise RuntimeError("it changes the grad mode or autocast within")
+            raise _Untraceable("it changes the grad mode or autocast within")
         frame = sys._getframe()
         while frame is not None:
             if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-                raise RuntimeError("it uses activation checkpointing")
+                raise _Untraceable("it uses activation checkpointing")
             frame = frame.f_back
         return super().create_node(*args, **kwargs)
 
@@ -667,7 +692,7 @@ def _refusing_type_checks() -> Iterator[None]:
             if issubclass(type(value), fx.Proxy) and not sys._getframe(1).f_globals.get("__name__", "").startswith(
                 "torch."
             ):
-                raise RuntimeError("it asks for the type of an input")
+                raise _Untraceable("it asks for the type of an input")
             return ask(value, *what)
 
         return asking
@@ -677,50 +702,61 @@ def _refusing_type_checks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _autocast() -> Iterator[None]:
-    devices = [d for d in ("cpu", "cuda") if not torch.is_autocast_enabled(d)]
-    for device in devices:
-        torch.set_autocast_enabled(device, True)
-    try:
-        yield
-    finally:
-        for device in devices:
-            torch.set_autocast_enabled(device, False)
+def _mode(gradients: bool = True, inference: bool = False, autocast: bool = False) -> Iterator[None]:
+    before = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
+    with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+        try:
+            for device in before:
+                torch.set_autocast_enabled(device, autocast)
+            yield
+        finally:
+            for device, enabled in before.items():
+                torch.set_autocast_enabled(device, enabled)
+            torch.clear_autocast_cache()
 
 
 def _trace(module: nn.Module, training: bool) -> fx.Graph:
     """Raises where the graph would not do what the forward does at each call."""
-    with torch.enable_grad():
+    with _mode():
         graph = _trace_once(module, training)
-        arguments = [node for node in graph.nodes if node.op == "placeholder"]
-        if any(node.target.startswith("**") and node.users for node in arguments):
-            raise RuntimeError("it looks into its keyword arguments")
-        default = {node.target: node.args[0] for node in arguments if node.args}
-        for given in (default, *({name: value} for name, value in default.items())):
-            if _steps(graph, given) != _steps(_trace_once(module, training, given), given):
-                raise RuntimeError(f"it does other things without {' and '.join(sorted(given))}")
-        named = [node.target for node in arguments if not node.target.startswith("*")]
-        others = [{name: None} for name in named if default.get(name, ...) is not None]
-        others += [{name: not value} for name, value in default.items() if isinstance(value, bool)]
-        for given in others:
-            try:
-                same = _steps(graph, given) == _steps(_trace_once(module, training, given), given)
-            except (fx.proxy.TraceError, RuntimeError):
-                same = False
-            except Exception:  # so would the call
-                continue
-            if not same:
-                ((name, value),) = given.items()
-                raise RuntimeError(f"it does other things with {name}={value}")
+    arguments = [node for node in graph.nodes if node.op == "placeholder"]
+    if any(node.target.startswith("**") and node.users for node in arguments):
+        raise _Untraceable("it looks into its keyword arguments")
+
+    def is_same(given: Mapping) -> bool:
+        with _mode():
+            return _steps(graph, given) == _steps(_trace_once(module, training, given), given)
+
+    default = {node.target: node.args[0] for node in arguments if node.args}
+    for given in _each_and_all(default):
+        if not is_same(given):
+            raise _Untraceable(f"it does other things without {' and '.join(sorted(given))}")
+    named = [node.target for node in arguments if not node.target.startswith("*")]
+    none = {name: None for name in named if default.get(name, ...) is not None}
+    turned = {name: not value for name, value in default.items() if isinstance(value, bool)}
+    for given in (*_each_and_all(none), {k: None for k in none if k != named[0]}, *_each_and_all(turned)):
+        try:
+            same = is_same(given)
+        except (_Untraceable, fx.proxy.TraceError):
+            same = False
+        except Exception:  # so would the call
+            continue
+        if not same:
+            with_ = " and ".join(f"{name}={value}" for name, value in sorted(given.items()))
+            raise _Untraceable(f"it does other things with {with_}")
     for mode, where in (
-        (torch.no_grad, "without gradients"),
-        (torch.inference_mode, "in inference mode"),
-        (_autocast, "under autocast"),
+        ({"gradients": False}, "without gradients"),
+        ({"inference": True}, "in inference mode"),
+        ({"autocast": True}, "under autocast"),
     ):
-        with mode():
+        with _mode(**mode):
             if _steps(graph) != _steps(_trace_once(module, training)):
-                raise RuntimeError(f"it does other things {where}")
+                raise _Untraceable(f"it does other things {where}")
     return graph
+
+
+def _each_and_all(values: dict) -> list[dict]:
+    return [{name: value} for name, value in values.items()] + [values] * (len(values) > 1)
 
 
 def _steps(graph: fx.Graph, given: Mapping | None = None) -> str:
@@ -740,7 +776,7 @@ def _steps(graph: fx.Graph, given: Mapping | None = None) -> str:
 
 def _trace_once(module: nn.Module, training: bool, given: Mapping | None = None) -> fx.Graph:
     if "forward" in vars(module):
-        raise RuntimeError("its forward is not its class's")
+        raise _Untraceable("its forward is not its class's")
     containers = (dict, list, set)
 
     def copied(value):
@@ -777,9 +813,9 @@ def _trace_once(module: nn.Module, training: bool, given: Mapping | None = None)
     finally:
         random.setstate(generators[0])
     if attributes != attributes_after:
-        raise RuntimeError("it changes its attributes, or makes a tensor of its own")
+        raise _Untraceable("it changes its attributes, or makes a tensor of its own")
     if generators != generators_after:
-        raise RuntimeError("it draws random numbers")
+        raise _Untraceable("it draws random numbers")
     return graph
 
 

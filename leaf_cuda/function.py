@@ -12,8 +12,8 @@ def differentiates_forward() -> bool:
 
 
 def takes_function() -> bool:
-    """Whether this call is inside a torch.func transform that takes a torch.autograd.Function: functionalize takes none,
-    and Dynamo makes wrong gradients of one inside a transform."""
+    """Whether this call is inside a torch.func transform that takes a torch.autograd.Function: functionalize takes
+    none, and Dynamo makes wrong gradients of one inside a transform."""
     if not torch._C._are_functorch_transforms_active() or differentiates_forward() or torch.compiler.is_compiling():
         return False
     functionalize = torch._C._functorch.TransformType.Functionalize
@@ -46,8 +46,8 @@ class LeafFunction(torch.autograd.Function):
     """``LeafFunction.apply(u, p1, p2, p3, p4)``: what :func:`leaf_cuda.leaf` computes; p2 and p4 may be None.
 
     Saves u and the parameters only, and asks the backward kernel for just the gradients that are needed. It has no
-    forward-mode derivative (``torch.func.jvp``), :func:`leaf_cuda.leaf` has; and inside ``torch.compile`` it raises
-    NotImplementedError in a transform of ``torch.func``, where Dynamo makes wrong gradients of a Function.
+    forward-mode derivative (``torch.func.jvp``), :func:`leaf_cuda.leaf` has. In a transform of ``torch.func`` inside
+    ``torch.compile`` it raises, where Dynamo makes wrong gradients of a Function.
     """
 
     @staticmethod

@@ -309,6 +309,10 @@ def asking_for_autocast(self, x):
     return F.relu(x) if torch.is_autocast_enabled() else F.relu(self.fc1(x))
 
 
+def asking_for_autocast_on_the_cpu(self, x):
+    return F.relu(x) if torch.is_autocast_enabled("cpu") else F.relu(self.fc1(x))
+
+
 def asking_for_inference_mode(self, x):
     return F.relu(x) if torch.is_inference_mode_enabled() else F.relu(self.fc1(x))
 
@@ -323,6 +327,10 @@ def asking_for_none_in_place_of_a_default(self, x, scale=2.0):
 
 def asking_for_true(self, x, twice=False):
     return F.relu(x) * 2 if twice is True else F.relu(x)
+
+
+def asking_for_two(self, x, mask, bias):
+    return F.relu(x) if mask is None and bias is None else F.relu(x) + mask + bias
 
 
 def asking_for_keywords(self, x, **options):
@@ -405,6 +413,7 @@ def test_optional_arguments(grad):
         (asking_for_a_required_argument, "it does other things with mask=None"),
         (asking_for_none_in_place_of_a_default, "it does other things with scale=None"),
         (asking_for_true, "it does other things with twice=True"),
+        (asking_for_two, "it does other things with bias=None and mask=None"),
         (asking_for_keywords, "it looks into its keyword arguments"),
     ],
 )
@@ -448,6 +457,68 @@ def test_trace_that_example_inputs_refute():
         ("1", "its trace by torch.fx computes something else from example_inputs")
     ]
     assert type(model[1]) is Asking and vars(model[1]) == state and not model[1]._modules
+
+
+def test_trace_that_example_inputs_do_not_refute():
+    """What differs without the trace says nothing of it: a path that is switched off, a module that never repeats itself,
+    one that looks at its children."""
+
+    class Plain(nn.Module):
+        def forward(self, x):
+            return F.silu(x)
+
+    class Drawing(nn.Module):
+        def forward(self, x):
+            return x * random.random()
+
+    class Iterating(nn.Sequential):
+        def forward(self, x):
+            for layer in self:
+                x = layer(x)
+            return F.silu(x)
+
+    class Asking(nn.Module):
+        def forward(self, x):
+            y = F.relu(x) if type(x) is torch.Tensor else F.relu(x) * 100
+            return y.masked_fill(y > 3, -torch.inf)
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(6, 2, 12, 0.0, F.relu, batch_first=True)
+            self.encoder, self.plain = nn.TransformerEncoder(layer, 1), Plain()
+
+        def forward(self, x):
+            padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+            padding[:, -3:] = True
+            return self.plain(self.encoder(x, src_key_padding_mask=padding))
+
+    def replaced(model, inputs=X):
+        return [r.name for r in replace_activations(model, example_inputs=inputs).replaced]
+
+    assert replaced(nn.Sequential(Plain(), Drawing())) == ["0.silu"]
+    assert "plain.silu" in replaced(Encoder(), X[None])
+    layers = [Iterating(nn.Linear(6, 6)) for _ in range(3)]
+    assert replaced(nn.Sequential(*layers, Asking())) == ["0.silu", "1.silu", "2.silu"]
+
+
+def under_raising(self, x, mask):
+    if mask is None:
+        raise RuntimeError("a mask, please")
+    return F.relu(x) * mask
+
+
+def test_none_that_a_forward_refuses():
+    assert replace_activations(type("Raising", (nn.Module,), {"forward": under_raising})()).replaced
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu")])
+@pytest.mark.parametrize("body", [asking_for_autocast_on_the_cpu, asking_for_inference_mode, asking_for_gradients])
+def test_modes_of_the_caller(mode, body):
+    """Whatever is on around the call, a forward that asks for it is kept."""
+    model = make_forward(body)
+    with mode(), pytest.warns(UserWarning, match="nothing replaced"):
+        replace_activations(model)
 
 
 @pytest.mark.parametrize("inside", [False, True])
