@@ -302,15 +302,15 @@ struct Operands {
   }
 };
 
-// Blocks that a multiprocessor is to hold at once, which bounds a thread's registers: as many as leave room for what it
-// has loaded and, by columns, for the parameters and sums of each of its N columns (tests/kernel_resources.py).
+// Blocks that a multiprocessor is to hold at once, which bounds a thread's registers: as many as leave room, on each
+// architecture, for what it has loaded and, by columns, for the parameters and sums of each of its N columns
+// (tests/kernel_resources.py). Four is what compute capability 7.5 holds.
 template <class Op, class S, int N, bool ByRows>
 constexpr int kMinBlocks = [] {
   constexpr bool wide = sizeof(Arithmetic<S>) == 8;
-  constexpr int of_elements = Op::sums <= 4 ? 5 : Op::sums <= 12 ? 4 : 2;
-  if (N == 1) return wide ? (of_elements + 1) / 2 : of_elements;
-  if (Op::inputs == 1) return ByRows && !wide ? 4 : 3;
-  return Op::inputs == 2 && !wide && (ByRows || N < 8) ? 3 : 2;
+  constexpr int of_elements = Op::sets < 5 ? 4 : 2;
+  if (N == 1) return wide ? of_elements / 2 : of_elements;
+  return !wide && (Op::inputs == 1 || (Op::inputs == 2 && (ByRows || N < 8))) ? 3 : 2;
 }();
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
