@@ -734,7 +734,8 @@ def _trace(module: nn.Module, training: bool) -> fx.Graph:
     named = [node.target for node in arguments if not node.target.startswith("*")]
     none = {name: None for name in named if default.get(name, ...) is not None}
     turned = {name: not value for name, value in default.items() if isinstance(value, bool)}
-    for given in (*_each_and_all(none), {k: None for k in none if k != named[0]}, *_each_and_all(turned)):
+    but_the_input = {name: None for name in none if name != named[0]}
+    for given in (*_each_and_all(none), but_the_input, *_each_and_all(turned)):
         try:
             same = is_same(given)
         except (_Untraceable, fx.proxy.TraceError):

@@ -665,19 +665,19 @@ void plans_of_a_large_device() {
         at_most(ceil_div(b.sums.parts, b.finish.ky), 32, "partial sums");
       }
   // As many columns as the device has threads need no second kernel, nor do few of anything.
-  for (const Plan& plan :
-       {Plan{64, 65536, 1}, Plan{256, 65536, 1}, Plan{16, 64, 1}, Plan{16, 5, 1}, Plan{1, 1, 1000}}) {
-    Args a{};
-    a.operation = Operation::backward;
-    a.dtype = c10::ScalarType::BFloat16;
-    a.plan = plan;
-    a.in_stride[0] = a.in_stride[1] = 1;
-    a.dp[0] = &a;
-    a.workspace = workspace_limit(plan.numel(), 2);
-    const LaunchPlan b = plan_launch(a, multiprocessors);
-    check(b.sums.whole, std::to_string(plan.outer) + " rows in one kernel");
-    if (print_plans) print(plan, a.dtype, b);
-  }
+  for (const Plan& plan : {Plan{64, 65536, 1}, Plan{256, 65536, 1}, Plan{16, 64, 1}, Plan{16, 5, 1}, Plan{1, 1, 1000}})
+    for (c10::ScalarType dtype : {c10::ScalarType::Float, c10::ScalarType::BFloat16}) {
+      Args a{};
+      a.operation = Operation::backward;
+      a.dtype = dtype;
+      a.plan = plan;
+      a.in_stride[0] = a.in_stride[1] = 1;
+      a.dp[0] = &a;
+      a.workspace = workspace_limit(plan.numel(), 2);
+      const LaunchPlan b = plan_launch(a, multiprocessors);
+      check(b.sums.whole, std::to_string(plan.outer) + " rows in one kernel");
+      if (print_plans) print(plan, dtype, b);
+    }
 }
 
 }  // namespace
