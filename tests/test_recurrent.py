@@ -1,6 +1,7 @@
 """LeafLSTM, LeafGRU and their cells: torch's own at the start, the formula with any parameters."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -694,7 +695,10 @@ def test_example():
         pytest.importorskip(needed)
     program = Path(__file__).parents[1] / "examples" / "sequence_classification.py"
     options = ["--epochs", "4", "--seeds", "0", "--kind", "GRU", "--lr", "0.01"]
-    run = subprocess.run([sys.executable, program, *options], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # small operations: threads would wait for one another
+    run = subprocess.run(
+        [sys.executable, program, *options], env=environment, capture_output=True, text=True, check=True
+    )
     rows = [line.split("|")[1:-1] for line in run.stdout.splitlines()[2:]]
     assert [row[0].strip() for row in rows] == ["GRU", "LeafGRU"]
     assert all(float(row[1]) > 50 and float(row[3]) > 0 for row in rows)
