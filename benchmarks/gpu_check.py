@@ -9,12 +9,14 @@ no GPU.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = 3
 LIMIT_SECONDS = 540
+TEST_PROCESSES = 4
 
 MORE_BENCHMARKS = ("glu", "recurrent")
 RESULT_FILES = {"csv": "benchmark.csv", "json": "benchmark.json", "markdown": "table.md"}
@@ -53,29 +56,44 @@ class Run:
         self.missing: set[str] = set()
         self.environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
-    def step(self, name: str, command: list[str], seconds: int, **environment: str) -> bool:
-        left = LIMIT_SECONDS - (time.monotonic() - self.started)
-        if left < 10:
+    def step(self, name: str, *commands: list[str], seconds: int, **environment: str) -> bool:
+        """Runs the commands at the same time."""
+        seconds = min(seconds, LIMIT_SECONDS - (time.monotonic() - self.started))
+        if seconds < 10:
             self.outcomes[name] = "NOT RUN: no time left"
             return False
         print(f"gpu-check: {name} ...", flush=True)
         begin = time.monotonic()
-        log = self.folder / f"{name}.log"
-        with log.open("w") as out:
-            try:
-                code = subprocess.run(
+        processes = []
+        for command, log in zip(commands, self.logs(name, len(commands)), strict=True):
+            with log.open("w") as out:
+                process = subprocess.Popen(
                     command,
                     cwd=ROOT,
                     env={**self.environment, **environment},
                     stdout=out,
                     stderr=subprocess.STDOUT,
-                    timeout=min(left, seconds),
-                ).returncode
-                self.outcomes[name] = "ok" if code == 0 else f"FAILED with exit code {code}, see {log.name}"
-            except subprocess.TimeoutExpired:
-                self.outcomes[name] = f"STOPPED after {min(left, seconds):.0f} s, see {log.name}"
-        self.outcomes[name] += f" ({time.monotonic() - begin:.0f} s)"
-        return self.outcomes[name].startswith("ok")
+                    start_new_session=True,
+                )
+            processes.append((process, log.name))
+        outcomes = []
+        try:
+            for process, log in processes:
+                try:
+                    if code := process.wait(max(0, begin + seconds - time.monotonic())):
+                        outcomes.append(f"FAILED with exit code {code}, see {log}")
+                except subprocess.TimeoutExpired:
+                    outcomes.append(f"STOPPED after {seconds:.0f} s, see {log}")
+        finally:
+            for process, _ in processes:  # with what they started: it would disturb the next step
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        self.outcomes[name] = f"{'; '.join(outcomes) or 'ok'} ({time.monotonic() - begin:.0f} s)"
+        return not outcomes
+
+    def logs(self, name: str, count: int) -> list[Path]:
+        return [self.folder / (f"{name}.log" if count == 1 else f"{name}-{k + 1}.log") for k in range(count)]
 
     def skip(self, name: str, reason: str) -> None:
         self.outcomes[name] = f"NOT RUN: {reason}"
@@ -84,6 +102,16 @@ class Run:
         """A step that this machine has no tool for: said, and no failure."""
         self.skip(name, reason)
         self.missing.add(name)
+
+
+def test_commands(run: Run) -> list[list[str]]:
+    """The whole test suite in processes that run at the same time, the longest files in different ones."""
+    files = sorted(ROOT.glob("tests/test_*.py"), key=lambda path: path.stat().st_size, reverse=True)
+    pytest = [sys.executable, "-m", "pytest", "-m", "not slow and not emulated", "-p", "no:cacheprovider"]
+    return [
+        [*pytest, f"--junitxml={log.with_suffix('.xml')}", *map(str, files[k::TEST_PROCESSES])]
+        for k, log in enumerate(run.logs("tests", TEST_PROCESSES))
+    ]
 
 
 def last_line(log: Path) -> str:
@@ -123,9 +151,8 @@ def main() -> int:
     run = Run(folder)
     python = sys.executable
     os.environ["FORCE_CUDA"] = run.environment["FORCE_CUDA"] = "1"
-    if run.step("build", [python, "setup.py", "build_ext", "--inplace"], 300):
-        report = ["--junitxml", str(folder / "tests.xml"), "-p", "no:cacheprovider"]
-        run.step("tests", [python, "-m", "pytest", "-m", "not slow and not emulated", *report], 240)
+    if run.step("build", [python, "setup.py", "build_ext", "--inplace"], seconds=300):
+        run.step("tests", *test_commands(run), seconds=240, OMP_NUM_THREADS=str(os.cpu_count() // TEST_PROCESSES or 1))
         checker = shutil.which("compute-sanitizer")
         for tool in ("memcheck", "racecheck"):
             if checker is None:
@@ -133,25 +160,26 @@ def main() -> int:
                 continue
             command = [checker, "--tool", tool, "--error-exitcode", "9", python, "-m", "pytest", "-x", *CHECKED_TESTS]
             # Torch's own allocator cuts tensors from large pieces: what is written past one would be in another.
-            run.step(tool, command, 90, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+            run.step(tool, command, seconds=90, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         quick = ["--quick"] if options.quick else []
         files = [f"--{kind}={folder / name}" for kind, name in RESULT_FILES.items()]
-        if run.step("benchmark", [python, "benchmarks/bench_leaf.py", "--device", "cuda", *quick, *files], 300):
+        if run.step("benchmark", [python, "benchmarks/bench_leaf.py", "--device", "cuda", *quick, *files], seconds=300):
             if importlib.util.find_spec("matplotlib"):
-                run.step("plots", [python, "benchmarks/plots.py", str(folder / RESULT_FILES["json"]), str(folder)], 60)
+                plots = [python, "benchmarks/plots.py", str(folder / RESULT_FILES["json"]), str(folder)]
+                run.step("plots", plots, seconds=60)
             else:
                 run.lacks("plots", f"matplotlib is missing; `plots.py {RESULT_FILES['json']} .` makes them elsewhere")
         else:
             run.skip("plots", "the benchmark failed")
         for name in MORE_BENCHMARKS:
             table = ["--device", "cuda", "--rounds", "11", f"--markdown={folder / name}.md"]
-            run.step(name, [python, f"benchmarks/bench_{name}.py", *table], 60)
+            run.step(name, [python, f"benchmarks/bench_{name}.py", *table], seconds=60)
     else:
         for name in ("tests", "memcheck", "racecheck", "benchmark", "plots", *MORE_BENCHMARKS):
             run.skip(name, "the build failed")
 
     summary = [f"{name}: {outcome}" for name, outcome in run.outcomes.items()]
-    summary.append(f"tests: {last_line(folder / 'tests.log')}")
+    summary += [f"{log.stem}: {last_line(log)}" for log in run.logs("tests", TEST_PROCESSES)]
     (folder / "summary.txt").write_text("\n".join(summary) + "\n")
     print(
         f"\ngpu-check on {device}, commit {machine['commit'][:12]}, {time.monotonic() - run.started:.0f} s, in {folder}"
