@@ -23,8 +23,20 @@ def _register() -> None:
 @functools.cache
 def _register_once() -> None:
     """Registers the operators' shardings with DTensor. Not on import, which torch.distributed.tensor would slow down."""
-    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
+
+    def register_with_mask(op):
+        """Of an operator whose last argument tells which results are wanted: what DTensor has learned with one mask is not
+        for another. By register_sharding only integers count as such arguments."""
+
+        def register(f):
+            register_sharding(op)(f)
+            propagator = DTensor._op_dispatcher.sharding_propagator
+            propagator.op_to_schema_info[op].static_argnum = len(op._schema.arguments) - 1
+            return f
+
+        return register
 
     def shardings(u, parameters):
         """(placement of u, those of the parameters, those of the parameters' gradients), each that is right. A gradient
@@ -43,23 +55,17 @@ def _register_once() -> None:
     def forward(u, *parameters):
         return [([of_u], [of_u, *of_p]) for of_u, of_p, _ in shardings(u, parameters)]
 
-    @register_sharding(_ops.leaf_backward)
+    @register_with_mask(_ops.leaf_backward)
     def backward(grad, u, *rest):
-        *parameters, mask = rest
-        return [
-            (
-                [placement if wanted else None for placement, wanted in zip([of_u, *of_dp], mask)],
-                [of_u, of_u, *of_p, None],
-            )
-            for of_u, of_p, of_dp in shardings(u, parameters)
-        ]
+        *parameters, _ = rest
+        return [([of_u, *of_dp], [of_u, of_u, *of_p, None]) for of_u, of_p, of_dp in shardings(u, parameters)]
 
-    @register_sharding(_ops.leaf_double_backward)
+    @register_with_mask(_ops.leaf_double_backward)
     def double_backward(v, *rest):
-        directions, (_, u), parameters, mask = rest[:4], rest[4:6], rest[6:10], rest[10]
+        directions, (_, u), parameters = rest[:4], rest[4:6], rest[6:10]
         return [
             (
-                [placement if wanted else None for placement, wanted in zip([of_u, of_u, *of_dp[:3], None], mask)],
+                [of_u, of_u, *of_dp[:3], None],
                 [v and of_u, *(d and place for d, place in zip(directions, of_p)), of_u, of_u, *of_p, None],
             )
             for of_u, of_p, of_dp in shardings(u, parameters)
@@ -74,13 +80,10 @@ def _register_once() -> None:
     def glu_forward(a, b, *parameters):
         return [([of_a], [of_a, b and of_a, *of_p]) for of_a, of_p, _ in glu_shardings(a, b, parameters)]
 
-    @register_sharding(_ops.leaf_glu_backward)
+    @register_with_mask(_ops.leaf_glu_backward)
     def glu_backward(grad, a, b, *rest):
-        *parameters, mask = rest
+        *parameters, _ = rest
         return [
-            (
-                [placement if wanted else None for placement, wanted in zip([of_a, b and of_a, *of_dp], mask)],
-                [of_a, of_a, b and of_a, *of_p, None],
-            )
+            ([of_a, b and of_a, *of_dp], [of_a, of_a, b and of_a, *of_p, None])
             for of_a, of_p, of_dp in glu_shardings(a, b, parameters)
         ]

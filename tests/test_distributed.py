@@ -233,6 +233,41 @@ def dtensor_glu(rank, mesh):
                 torch.testing.assert_close(r.full_tensor(), e)
 
 
+def dtensor_of_more_gradients_each_time(rank, mesh):
+    """DTensor asks for an operator's shardings once, whichever gradients are wanted then."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    def first_order(f, leaves):
+        return f(*leaves).sin().sum()
+
+    def second_order(f, leaves):
+        wanted = [t for t in leaves if t.requires_grad]
+        first = torch.autograd.grad(f(*leaves).sin().sum(), wanted, create_graph=True)
+        return sum(d.square().sum() for d in first)
+
+    cases = [(leaf_cuda.leaf, 1, first_order), (leaf_cuda.leaf_glu, 2, first_order), (leaf_cuda.leaf, 1, second_order)]
+    generator = torch.Generator().manual_seed(4)
+    for width, shape in ((7, ()), (9, (9,))):  # no shapes of the other checks
+        for f, inputs, order in cases:
+            values = [torch.randn(s, generator=generator) for s in [(4, width)] * inputs + [shape] * 4]
+
+            def gradients(placement=None):
+                leaves = [
+                    *put(values[:inputs], mesh, placement),
+                    *put(values[inputs:], mesh, placement and Replicate()),
+                ]
+                for leaf in leaves:
+                    leaf.requires_grad_(False)
+                results = []
+                for leaf in reversed(leaves):
+                    leaf.requires_grad_()
+                    results += torch.autograd.grad(order(f, leaves), [t for t in leaves if t.requires_grad])
+                return results
+
+            for r, e in zip(gradients(Shard(0)), gradients(), strict=True):
+                torch.testing.assert_close(r.full_tensor(), e)
+
+
 def compiled_dtensor(rank, mesh):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -307,6 +342,7 @@ CHECKS = [
     dtensor,
     dtensor_double_backward,
     dtensor_glu,
+    dtensor_of_more_gradients_each_time,
     compiled_dtensor,
 ]
 
