@@ -5,13 +5,16 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
+import dis
 import functools
 import random
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import CodeType
 from unittest import mock
 
 import torch
@@ -87,13 +90,15 @@ class Replaced:
     """One activation that was replaced.
 
     ``name`` is the module's in the model, ``old`` and ``new`` tell both activations, and ``difference`` is the largest
-    between them over [-10, 10], in float64; None where the old one has parameters, or is on the meta device.
+    between them over [-10, 10], in float64; None where the old one has parameters, or is on the meta device. ``called``
+    tells whether the run with ``example_inputs`` came by; None where there were none.
     """
 
     name: str
     old: str
     new: str
     difference: float | None
+    called: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,8 @@ class Report:
         lines = [f"{len(self.replaced)} activations replaced" if self.replaced else "nothing replaced"]
         for r in self.replaced:
             difference = "" if r.difference is None else f", within {r.difference:.1e}"
-            lines.append(f"  {r.name}: {r.old} -> {r.new}{difference}")
+            called = ", not called with example_inputs" if r.called is False else ""
+            lines.append(f"  {r.name}: {r.old} -> {r.new}{difference}{called}")
         if self.kept:
             lines.append(f"{len(self.kept)} kept")
             lines += [f"  {k.name}: {k.old}: {k.reason}" for k in self.kept]
@@ -143,11 +149,13 @@ def replace_activations(
 
     nn.ReLU, SiLU, Tanh and Sigmoid keep their values (ReLU within 5e-6), GELU, Hardswish and Hardsigmoid nearly. They
     are found as modules, as functions kept in attributes (``self.act = F.gelu``), and as calls (``F.relu(x)``,
-    ``x.tanh()``) in a ``forward`` that torch.fx can trace and that takes the same way at each call: one that depends on
-    its inputs, their types, which of its arguments are given, or grad mode or autocast, is left alone. No trace sees
+    ``x.tanh()``) in a ``forward`` that torch.fx can trace and that takes the same way at each call. Left alone is one
+    that depends on its inputs, their types, which of its arguments are given, grad mode, autocast, or the mode of a
+    child, that draws random numbers, changes what the module holds, or has a ``with`` statement. No trace sees
     ``type(x) is ...``, ``x is y`` and ``match x``; but one that computes something else from ``example_inputs`` is not
     taken. A traced module gets the traced ``forward``, under which the values it read from its attributes stay as they
-    were, and new children for the calls. ``deepcopy`` and ``state_dict`` work on it, ``pickle`` refuses it.
+    were, and new children for the calls; its other methods keep theirs. ``deepcopy`` and ``state_dict`` work on it,
+    ``pickle`` refuses it. nn.TransformerEncoder loses its fast path, which made zeros of padded positions in eval mode.
 
     Each place gets parameters of its own, also where one parameterless module, ``act = nn.ReLU()``, stands in several.
     An activation that worked in place does so no more. A call whose input is used again behind it is left alone; of a
@@ -160,9 +168,9 @@ def replace_activations(
         kind: LEAF, or AHAF for the forms it has.
         granularity: "layer", "channel" or "element" of the input without its first dimension, the batch.
         channel_dim: the dimension of the channels in the activations' inputs: 1 in (N, C, H, W), -1 in (N, L, C).
-        example_inputs: the model's input, a tuple of them, or a dict of keyword arguments. The model runs on them, in eval mode and without
-            gradients, before and after, and between to try traced forwards; "channel" and "element" take their sizes
-            from the run.
+        example_inputs: the model's input, a tuple of them, or a dict of keyword arguments. The model runs on them, in
+            eval mode and without gradients, before and after, and between to try traced forwards; "channel" and
+            "element" take their sizes from the run.
         rules: what to do with some of the activations, by the name of the module with wildcards (``"head.*"``), or by
             its exact type, fixed activations of your own among them. The value is a form as LEAF's ``init_as``, None to
             leave it alone, or a dict of ``init_as``, ``kind``, ``granularity`` and ``channel_dim``. The first rule that
@@ -180,10 +188,15 @@ def replace_activations(
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     if inputs is not None and not isinstance(inputs, (tuple, Mapping)):
         raise TypeError(f"example_inputs is of type {type(inputs).__name__}; it takes a tensor, a tuple or a dict")
-    with contextlib.ExitStack() as undo:
-        conversion = _Conversion(model, defaults, rules, inputs, undo)
-        report = conversion.run()
-        undo.pop_all()
+    refused: dict[str, str] = {}
+    report = None
+    while report is None:  # what a run of the model refuses leaves no trace: all is done again without it
+        with contextlib.ExitStack() as undo:
+            try:
+                report = _Conversion(model, defaults, rules, inputs, refused, undo).run()
+                undo.pop_all()
+            except _Refused as places:
+                refused |= places.reasons
     if not report.replaced:
         warnings.warn(f"replace_activations: {report}", stacklevel=2)
     return report
@@ -281,10 +294,15 @@ class _Place:
     options: dict
     inputs: list[tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=list)
 
+    @property
+    def function(self) -> bool:
+        return self.label.startswith("function ")
+
 
 class _Conversion:
-    def __init__(self, model, defaults, rules, inputs, undo: contextlib.ExitStack):
-        self.model, self.defaults, self.rules, self.inputs, self.undo = model, defaults, rules, inputs, undo
+    def __init__(self, model, defaults, rules, inputs, refused: dict[str, str], undo: contextlib.ExitStack):
+        self.model, self.defaults, self.rules, self.inputs = model, defaults, rules, inputs
+        self.refused, self.undo = refused, undo
         self.report = Report()
         self.unmatched = dict.fromkeys(rules)
         self.activations = (*FORM_OF, *_WITHOUT_FORM, AHAF, *(key for key in rules if isinstance(key, type)))
@@ -344,17 +362,20 @@ class _Conversion:
                 self.undo.callback(setattr, module, attribute, function)
                 self.undo.callback(module._modules.pop, attribute, None)
                 delattr(module, attribute)
-                self._add(_Place(path, module, attribute, kind(), f"function {function.__name__}", options))
+                fixed = kind()
+                fixed.register_forward_pre_hook(_refusing_more_than_input(path), with_kwargs=True)
+                self._add(_Place(path, module, attribute, fixed, f"function {function.__name__}", options))
 
     def _find_calls(self, name: str, module: nn.Module) -> None:
         """Calls of functions and Tensor methods, in forwards that torch.fx can trace."""
         leaves = (LearnableActivation, Recurrent, torch.jit.ScriptModule, *self.activations)
         cls = type(module)
+        own = next(c for c in cls.__mro__ if c.__module__ != "torch.nn.utils.parametrize")
         if isinstance(module, fx.GraphModule):  # its copies are made from its graph, and a new forward would be lost
             reason = "calls in its graph are not replaced; they would be in the model that it was traced from"
             self.report.kept.append(Kept(name or "the model", "a GraphModule", reason))
             return
-        if cls.__module__.startswith("torch.") or isinstance(module, leaves) or cls.forward is nn.Module.forward:
+        if own.__module__.startswith("torch.") or isinstance(module, leaves) or cls.forward is nn.Module.forward:
             return
         try:
             graphs = [_trace(module, training) for training in (True, False)]
@@ -362,28 +383,41 @@ class _Conversion:
             message = (str(error) or type(error).__name__).splitlines()[0]
             self.report.kept.append(Kept(name or "the model", "calls in its forward", f"torch.fx: {message}"))
             return
+        functions = {place.attribute: place.name for place in self.places if place.parent is module and place.function}
+        for node in (n for graph in graphs for n in graph.nodes if n.op == "call_module" and n.target in functions):
+            _refusing_more_than_input(functions[node.target])(None, node.args, node.kwargs)
         found = [_calls(graph) for graph in graphs]
         accepted = {}
         for node, fixed in found[0].items():
-            path = _join(name, node.name)
+            attribute = next(a for a in _numbered(node.name) if not hasattr(module, a))
+            path = _join(name, attribute)
             if isinstance(fixed, str):
                 self.report.kept.append(Kept(path, f"{_name(node)}()", fixed))
             elif (options := self._decide(path, fixed)) is not None:
-                accepted[node.name] = (_name(node), fixed, options)
+                accepted[node.name] = _Place(path, module, attribute, fixed, f"{_name(node)}()", options)
         if not accepted:
+            return
+        if own is not cls:
+            reason = "the module is parametrized; it takes its parametrizations afterwards"
+            self.report.kept.append(Kept(name or "the model", "calls in its forward", reason))
             return
         if [(n.name, repr(fixed)) for n, fixed in found[0].items()] != [(n.name, repr(f)) for n, f in found[1].items()]:
             reason = "other activations in train than in eval mode"
             self.report.kept.append(Kept(name or "the model", "calls in its forward", reason))
             return
-        attributes, calls = {}, {}
-        for node, (called, fixed, options) in accepted.items():
-            attributes[node] = next(a for a in _numbered(node) if not hasattr(module, a))
-            self.undo.callback(module._modules.pop, attributes[node], None)
-            path, calls[attributes[node]] = _join(name, attributes[node]), fixed
-            self._add(_Place(path, module, attributes[node], fixed, f"{called}()", options))
+        calls = {place.attribute: place.old for place in accepted.values()}
+        for attribute in calls:
+            self.undo.callback(module._modules.pop, attribute, None)
+        module._modules.update(calls)
+        try:
+            traced = _with_forward(module, graphs, {node: place.attribute for node, place in accepted.items()})
+        except Exception as error:  # whatever the class makes of a subclass
+            raise _Refused(
+                {place.name: f"its class takes no subclass: {error}" for place in accepted.values()}
+            ) from None
+        self.places += accepted.values()
         self.undo.callback(setattr, module, "__class__", cls)
-        self.traced.append(_Traced(name, module, cls, _with_forward(module, graphs, attributes), calls))
+        self.traced.append(_Traced(name, module, cls, traced, calls))
         self.traced[-1].put()
 
     def _decide(self, path: str, fixed: nn.Module) -> dict | None:
@@ -397,6 +431,8 @@ class _Conversion:
         rule = {} if key is None else self.rules[key]
         if rule is None:
             return self._keep(path, fixed, f"rules[{key!r}] is None")
+        if path in self.refused:
+            return self._keep(path, fixed, self.refused[path])
         options = {"init_as": FORM_OF.get(kind), **self.defaults, **rule}
         if isinstance(fixed, AHAF):
             if options["kind"] is not LEAF:
@@ -472,11 +508,11 @@ class _Conversion:
     def _outputs(self) -> list | None:
         if self.inputs is None:
             return None
-        with _evaluating(self.model), torch.random.fork_rng(), torch.no_grad():
+        with _training(dict.fromkeys(self.model.modules(), False)), torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
             keywords = isinstance(self.inputs, Mapping)
             result = self.model(**self.inputs) if keywords else self.model(*self.inputs)
-            return [x.clone() for x in tree_leaves(result) if isinstance(x, Tensor)]
+            return [_values(x) for x in tree_leaves(result) if isinstance(x, Tensor)]
 
     def _observe(self) -> None:
         with contextlib.ExitStack() as hooks:
@@ -493,15 +529,20 @@ class _Conversion:
 
     def _replace(self) -> None:
         shared: dict[nn.Module, LearnableActivation] = {}
+        refused = {}
         for place in self.places:
             try:
                 new = shared[place.old] if place.old in shared else self._new(place)
             except _KeptFor as reason:
-                self._keep(place.name, place.old, str(reason))
+                refused[place.name] = str(reason)
                 continue
             shared[place.old] = new
             self._set(place, new)
-            self.report.replaced.append(Replaced(place.name, place.label, repr(new), _form_difference(place.old, new)))
+            difference = _form_difference(place.old, new)
+            called = None if self.inputs is None else bool(place.inputs)
+            self.report.replaced.append(Replaced(place.name, place.label, repr(new), difference, called))
+        if refused:
+            raise _Refused(refused)
 
     def _new(self, place: _Place) -> LearnableActivation:
         if isinstance(place.old, AHAF):
@@ -542,6 +583,24 @@ class _Conversion:
 
 class _KeptFor(Exception):
     """The reason why an activation is kept."""
+
+
+class _Refused(Exception):
+    """Places that cannot be converted: name → why."""
+
+    def __init__(self, reasons: dict[str, str]):
+        super().__init__(reasons)
+        self.reasons = reasons
+
+
+def _refusing_more_than_input(name: str):
+    """A forward pre-hook of the module that stands for a function: its call may have had more arguments."""
+
+    def hook(module, args, kwargs):
+        if len(args) + len(kwargs) != 1:
+            raise _Refused({name: "it is called with more than its input"})
+
+    return hook
 
 
 def _join(name: str, attribute: str) -> str:
@@ -590,6 +649,14 @@ def _form_difference(old: nn.Module, new: LearnableActivation) -> float | None:
         return (copy.deepcopy(old).cpu().eval()(u.clone()) - form(u)).abs().max().item()
 
 
+def _values(t: Tensor) -> Tensor:
+    """A copy as a dense tensor of real numbers."""
+    if t.is_nested:
+        t = t.to_padded_tensor(0.0)
+    t = t.dequantize() if t.is_quantized else t.to_dense() if t.layout != torch.strided else t
+    return (torch.view_as_real(t) if t.is_complex() else t).clone()
+
+
 def _difference(before: list[Tensor], after: list[Tensor]) -> float | None:
     """The largest, NaN if one is; None where there is none to see."""
     differences = []
@@ -597,7 +664,7 @@ def _difference(before: list[Tensor], after: list[Tensor]) -> float | None:
         if not a.is_meta:
             same = (a == b) | (a.isnan() & b.isnan())
             differences.append(torch.where(same, 0, (a.double() - b.double()).abs()).max() if a.numel() else 0)
-    return torch.tensor(differences).max().item() if differences else None
+    return torch.tensor(differences, device="cpu").max().item() if differences else None
 
 
 def _are_near(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -613,13 +680,15 @@ def _are_near(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
+def _training(modes: dict[nn.Module, bool]) -> Iterator[None]:
+    """Within, the modules are in these modes: train or not."""
+    before = {module: module.training for module in modes}
     try:
-        model.eval()
+        for module, training in modes.items():
+            module.training = training
         yield
     finally:
-        for module, training in modes.items():
+        for module, training in before.items():
             module.training = training
 
 
@@ -657,6 +726,13 @@ class _OneModule(fx.Tracer):
         self.given = given
         self.modes = _modes()
 
+    def create_arg(self, a):
+        kind = type(a)
+        named = hasattr(kind, "_fields") or kind.__module__.split(".")[0] in ("builtins", "torch")
+        if issubclass(kind, (dict, list, tuple)) and not named:
+            raise _Untraceable(f"it makes an object of {kind.__name__}, of which a graph keeps the base class only")
+        return super().create_arg(a)
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return True
 
@@ -668,12 +744,21 @@ class _OneModule(fx.Tracer):
     def create_node(self, *args, **kwargs) -> fx.Node:
         if _modes() != self.modes:
             raise _Untraceable("it changes the grad mode or autocast within")
-        frame = sys._getframe()
-        while frame is not None:
-            if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+        frame = sys._getframe(1)
+        while frame.f_code is not _trace_once.__code__:
+            file = frame.f_globals.get("__name__", "")
+            if file == "torch.utils.checkpoint":
                 raise _Untraceable("it uses activation checkpointing")
+            if not file.startswith("torch.") and _has_with(frame.f_code):
+                raise _Untraceable("it has a with statement")
             frame = frame.f_back
         return super().create_node(*args, **kwargs)
+
+
+@functools.cache
+def _has_with(code: CodeType) -> bool:
+    enters = ("SETUP_WITH", "BEFORE_WITH", "LOAD_SPECIAL")  # of Python to 3.10, to 3.13, and from 3.14 on
+    return any(i.opname in enters for i in dis.get_instructions(code))
 
 
 def _modes() -> tuple:
@@ -717,15 +802,16 @@ def _mode(gradients: bool = True, inference: bool = False, autocast: bool = Fals
 
 def _trace(module: nn.Module, training: bool) -> fx.Graph:
     """Raises where the graph would not do what the forward does at each call."""
+    held = _Held(module)
     with _mode():
-        graph = _trace_once(module, training)
+        graph = _trace_once(module, held, training)
     arguments = [node for node in graph.nodes if node.op == "placeholder"]
     if any(node.target.startswith("**") and node.users for node in arguments):
         raise _Untraceable("it looks into its keyword arguments")
 
     def is_same(given: Mapping) -> bool:
         with _mode():
-            return _steps(graph, given) == _steps(_trace_once(module, training, given), given)
+            return _steps(graph, given) == _steps(_trace_once(module, held, training, given=given), given)
 
     default = {node.target: node.args[0] for node in arguments if node.args}
     for given in _each_and_all(default):
@@ -751,8 +837,11 @@ def _trace(module: nn.Module, training: bool) -> fx.Graph:
         ({"autocast": True}, "under autocast"),
     ):
         with _mode(**mode):
-            if _steps(graph) != _steps(_trace_once(module, training)):
+            if _steps(graph) != _steps(_trace_once(module, held, training)):
                 raise _Untraceable(f"it does other things {where}")
+    with _mode():
+        if _steps(graph) != _steps(_trace_once(module, held, training, children_training=not training)):
+            raise _Untraceable("it asks whether its children are in train mode")
     return graph
 
 
@@ -775,49 +864,101 @@ def _steps(graph: fx.Graph, given: Mapping | None = None) -> str:
     )
 
 
-def _trace_once(module: nn.Module, training: bool, given: Mapping | None = None) -> fx.Graph:
+def _trace_once(
+    module: nn.Module,
+    held: _Held,
+    training: bool,
+    children_training: bool | None = None,
+    given: Mapping | None = None,
+) -> fx.Graph:
     if "forward" in vars(module):
         raise _Untraceable("its forward is not its class's")
-    containers = (dict, list, set)
-
-    def copied(value):
-        """What the forward may change in place: a container, a tensor that is no parameter."""
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            return value.clone()
-        return copy.copy(value) if isinstance(value, containers) else value
-
-    probe = copy.copy(module)
-    for name, value in vars(module).items():
-        own = vars(probe)[name] = copied(value)
-        for k, v in own.items() if isinstance(own, dict) else enumerate(own) if isinstance(own, list) else ():
-            own[k] = copied(v)
-    probe.training = training
-
-    def mark(value):
-        return id(value), value._version if isinstance(value, Tensor) and not value.is_inference() else None
-
-    def state():
-        held = {
-            k: [mark(v), *map(mark, v), *map(mark, v.values() if isinstance(v, dict) else ())]
-            if isinstance(v, containers)
-            else mark(v)
-            for k, v in vars(probe).items()
-        }
-        return held, (random.getstate(), torch.get_rng_state().tolist())
-
-    attributes, generators = state()
+    modes = dict.fromkeys(module.modules(), training if children_training is None else children_training)
+    modes[module] = training
     try:
-        with torch.random.fork_rng(devices=[]):
-            with _refusing_type_checks():
-                graph = _OneModule(given or {}).trace(probe)
-            attributes_after, generators_after = state()
+        with _training(modes), _refusing_type_checks():
+            graph = _OneModule(given or {}).trace(module)
+            if any(m.training != mode for m, mode in modes.items()):
+                raise _Untraceable("it changes the mode of a child")
+        held.check()
     finally:
-        random.setstate(generators[0])
-    if attributes != attributes_after:
-        raise _Untraceable("it changes its attributes, or makes a tensor of its own")
-    if generators != generators_after:
-        raise _Untraceable("it draws random numbers")
+        held.restore()
     return graph
+
+
+class _Held:
+    """What a forward may change as it is traced: attributes of a module and of those in it, containers and plain objects
+    in them, tensors that are no parameters, and generators of random numbers."""
+
+    def __init__(self, module: nn.Module):
+        self.containers: dict[int, tuple] = {}  # id → it, its contents
+        self.tensors: dict[int, tuple] = {}  # id → it, its version, its values
+        self.random: list[tuple] = []  # how to get a generator's state, how to set it, the state
+        self._hold_random(random.getstate, random.setstate)
+        self._hold_random(torch.get_rng_state, torch.set_rng_state)
+        if numpy := sys.modules.get("numpy"):
+            self._hold_random(numpy.random.get_state, numpy.random.set_state)
+        for m in module.modules():
+            self._hold(vars(m), objects=True)
+
+    def _hold(self, value, objects: bool) -> None:
+        """objects: whether to look into a plain object; not in one within another."""
+        if isinstance(value, (nn.Parameter, nn.Module, type)) or id(value) in self.containers:
+            return
+        if isinstance(value, torch.Generator):
+            self._hold_random(value.get_state, value.set_state)
+        elif isinstance(value, Tensor):
+            if not value.is_inference() and not nn.parameter.is_lazy(value):
+                self.tensors[id(value)] = value, value._version, value.detach().clone()
+        elif isinstance(value, (dict, list, set, deque)):
+            self.containers[id(value)] = value, self._contents(value)
+            for v in value.values() if isinstance(value, dict) else value:
+                self._hold(v, objects)
+        elif isinstance(value, tuple):
+            for v in value:
+                self._hold(v, objects)
+        elif objects and type(value).__module__ != "builtins" and isinstance(getattr(value, "__dict__", None), dict):
+            self._hold(vars(value), objects=False)
+
+    @staticmethod
+    def _contents(container) -> list:
+        return list(container.items() if isinstance(container, dict) else container)
+
+    def _hold_random(self, get: Callable, set_: Callable) -> None:
+        self.random.append((get, set_, get()))
+
+    def _changed(self) -> Iterator[tuple]:
+        for container, contents in self.containers.values():
+            now = self._contents(container)
+            pairs = (zip(a, b) if isinstance(container, dict) else [(a, b)] for a, b in zip(now, contents))
+            if len(now) != len(contents) or not all(a is b for pair in pairs for a, b in pair):
+                yield container, contents
+
+    def check(self) -> None:
+        """Raises where something changed."""
+        if any(self._changed()) or any(t._version != version for t, version, _ in self.tensors.values()):
+            raise _Untraceable("it changes its attributes, or makes a tensor of its own")
+        if any(_comparable(get()) != _comparable(state) for get, _, state in self.random):
+            raise _Untraceable("it draws random numbers")
+
+    def restore(self) -> None:
+        for container, contents in self._changed():
+            container.clear()
+            (container.update if isinstance(container, (dict, set)) else container.extend)(contents)
+        for t, version, values in self.tensors.values():
+            if t._version != version:
+                t.data.copy_(values)
+        for _, set_, state in self.random:
+            set_(state)
+
+
+def _comparable(state):
+    """A generator's state, of which arrays cannot be compared by ==."""
+    if isinstance(state, dict):
+        return {k: _comparable(v) for k, v in state.items()}
+    if isinstance(state, tuple):
+        return tuple(map(_comparable, state))
+    return state.tolist() if hasattr(state, "tolist") else state
 
 
 def _input(node: fx.Node) -> fx.Node:

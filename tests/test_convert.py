@@ -1,14 +1,18 @@
 """leaf_cuda.convert: which activations are replaced, by what, and that the model stays what it was otherwise."""
 
+import collections
+import contextlib
 import copy
 import math
 import pickle
 import random
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from leaf_cuda import AHAF, LEAF
@@ -28,6 +32,9 @@ def make_forward(body):
             self.values = []
             self.table = {"calls": 0, "mean": torch.ones(())}
             self.register_buffer("steps", torch.zeros(()))
+            self.norm = nn.BatchNorm1d(6)
+            self.state = SimpleNamespace(calls=0, log=[])
+            self.generator = torch.Generator()
 
         def forward(self, x):
             return body(self, x)
@@ -243,6 +250,49 @@ def changing_a_tensor(self, x):
     return F.relu(x)
 
 
+def assigning_to_a_child(self, x):
+    self.fc1.last = x
+    return F.relu(x)
+
+
+def counting_in_an_object(self, x):
+    self.state.calls += 1
+    return F.relu(x)
+
+
+def appending_in_an_object(self, x):
+    self.state.log.append(x)
+    return F.relu(x)
+
+
+def counting_in_a_child(self, x):
+    self.norm.num_batches_tracked.add_(1)
+    return F.relu(x)
+
+
+def freezing_a_child(self, x):
+    self.norm.eval()
+    return F.relu(self.norm(x))
+
+
+def asking_a_child(self, x):
+    return F.dropout(F.relu(x), 0.5, self.norm.training)
+
+
+def ordered(self, x):
+    return collections.OrderedDict(out=F.relu(x))
+
+
+def with_a_context(self, x):
+    with contextlib.nullcontext():
+        x = F.relu(x)
+    return x
+
+
+def with_a_context_in_a_function(self, x):
+    return with_a_context(self, self.fc1(x))
+
+
 def in_place(self, x):
     x = self.fc1(x)
     x.relu_()
@@ -264,6 +314,14 @@ def python_random(self, x):
 
 def torch_random(self, x):
     return F.relu(x) if torch.rand(()) < 2 else x
+
+
+def numpy_random(self, x):
+    return F.relu(x) if numpy.random.rand() < 2 else x
+
+
+def random_of_its_own(self, x):
+    return F.relu(x) if torch.rand((), generator=self.generator) < 2 else x
 
 
 def other_in_training(self, x):
@@ -357,11 +415,22 @@ def asking_for_keywords(self, x, **options):
         (counting_anew, "torch.fx: it changes its attributes"),
         (counting_in_a_dict, "torch.fx: it changes its attributes"),
         (changing_a_tensor, "torch.fx: it changes its attributes"),
+        (assigning_to_a_child, "torch.fx: it changes its attributes"),
+        (counting_in_an_object, "torch.fx: it changes its attributes"),
+        (appending_in_an_object, "torch.fx: it changes its attributes"),
+        (counting_in_a_child, "torch.fx: it changes its attributes"),
+        (freezing_a_child, "torch.fx: it changes the mode of a child"),
+        (asking_a_child, "torch.fx: it asks whether its children are in train mode"),
+        (ordered, "torch.fx: it makes an object of OrderedDict"),
+        (with_a_context, "torch.fx: it has a with statement"),
+        (with_a_context_in_a_function, "torch.fx: it has a with statement"),
         (own_tensor, "torch.fx: it changes its attributes, or makes a tensor of its own"),
         (in_place, "it works in place, and what it changes is used again"),
         (in_place_by_function, "it works in place, and what it changes is used again"),
         (python_random, "torch.fx: it draws random numbers"),
         (torch_random, "torch.fx: it draws random numbers"),
+        (numpy_random, "torch.fx: it draws random numbers"),
+        (random_of_its_own, "torch.fx: it draws random numbers"),
         (other_in_training, "other activations in train than in eval mode"),
         (computed_argument, "its arguments are computed"),
     ],
@@ -372,12 +441,62 @@ def test_calls_kept(body, reason, grad):
     model = make_forward(body)
     kind, attributes = type(model), dict(vars(model))
     table, buffers = copy.deepcopy(model.table), copy.deepcopy(dict(model.named_buffers()))
+    children, generator = [dict(vars(m)) for m in model.children()], model.generator.get_state()
     with pytest.warns(UserWarning, match="nothing replaced"), torch.set_grad_enabled(grad):
         report = replace_activations(model)
     (kept,) = report.kept
     assert reason in kept.reason and not report.replaced
     assert type(model) is kind and vars(model) == attributes and model.values == []
-    assert model.table == table and dict(model.named_buffers()) == buffers
+    assert model.table == table
+    torch.testing.assert_close(dict(model.named_buffers()), buffers, rtol=0, atol=0)
+    assert [vars(m) for m in model.children()] == children and model.state == SimpleNamespace(calls=0, log=[])
+    assert torch.equal(model.generator.get_state(), generator)
+
+
+def test_parametrized_module():
+    model = make_forward(lambda self, x: F.relu(self.fc1(x)))
+    model.weight = nn.Parameter(torch.ones(3, 3))
+    nn.utils.parametrizations.weight_norm(model)
+    with pytest.warns(UserWarning, match="nothing replaced"):
+        (kept,) = replace_activations(model).kept
+    assert "it takes its parametrizations afterwards" in kept.reason
+
+
+def test_class_that_takes_no_subclass():
+    class Final(nn.Module):
+        def __init_subclass__(cls):
+            raise TypeError("none of mine")
+
+        def forward(self, x):
+            return F.relu(x)
+
+    model = nn.Sequential(Final(), nn.SiLU())
+    report = replace_activations(model, example_inputs=X)
+    assert [r.name for r in report.replaced] == ["1"]
+    assert [(k.name, k.reason) for k in report.kept] == [("0.relu", "its class takes no subclass: none of mine")]
+    assert type(model[0]) is Final and not model[0]._modules
+
+
+@pytest.mark.parametrize("inputs", [None, X])
+@pytest.mark.parametrize("traceable", [True, False])
+def test_function_with_more_arguments(inputs, traceable):
+    """Of a function in an attribute: the trace shows them, and replaces the call; or else the run shows them."""
+
+    def forward(self, x):
+        if not traceable and x.sum() > 1e9:
+            return x
+        return self.act(self.fc1(x), inplace=True)
+
+    model = make_forward(forward)
+    model.act = F.relu
+    if inputs is None and not traceable:
+        assert [r.name for r in replace_activations(model).replaced] == ["act"]  # nothing shows them
+        return
+    with contextlib.nullcontext() if traceable else pytest.warns(UserWarning, match="nothing replaced"):
+        report = replace_activations(model, example_inputs=inputs)
+    assert ("act", "it is called with more than its input") in [(k.name, k.reason) for k in report.kept]
+    assert model.act is F.relu and [r.name for r in report.replaced] == ["relu"] * traceable
+    torch.testing.assert_close(model(X), F.relu(model.fc1(X)))
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -596,13 +715,51 @@ def test_kept_by_size():
             )
 
     model = Net()
+    children = dict(model._modules)
     with pytest.warns(UserWarning, match="nothing replaced"):
         report = replace_activations(model, granularity="element", example_inputs=X)
+    assert dict(model._modules) == children
     reasons = {k.name: k.reason for k in report.kept}
     assert "parameters of several sizes, [(3,), (6,)]" in reasons["twice"]
     assert "it was not called" in reasons["never"]
     assert "shape (10,) has no dimension for granularity 'element'" in reasons["flat"]
     assert "torch.int64" in reasons["whole"]
+
+
+def test_kept_place_is_as_it_was():
+    """A transformer layer keeps its fast path, a module its class."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(6, 2, 12, 0.0, batch_first=True)
+
+        def forward(self, x):
+            return F.silu(self.layer(x).sum() + self.layer(x[:, :3]).sum())
+
+    model = Twice().eval()
+    state = dict(vars(model.layer))
+    with pytest.warns(UserWarning, match="nothing replaced"):
+        report = replace_activations(model, granularity="element", example_inputs=X[None])
+    assert {k.name for k in report.kept} == {"layer.activation", "silu"}
+    assert type(model) is Twice and vars(model.layer) == state
+
+
+def test_not_called():
+    """In a list, say, the old module is called still."""
+
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act, self.out = nn.ReLU(), nn.SiLU()
+            self.steps = [self.act]
+
+        def forward(self, x):
+            return self.out(self.steps[0](x))
+
+    report = replace_activations(Listed(), example_inputs=X)
+    assert [(r.name, r.called) for r in report.replaced] == [("act", False), ("out", True)]
+    assert "act: ReLU() -> LEAF(size=(1,), init_as='ReLU'), within 4.2e-06, not called" in str(report)
 
 
 def test_ahaf_has_no_tanh():
@@ -792,6 +949,18 @@ def test_differences_that_are_no_number():
             return object()
 
     assert replace_activations(Wrapping(nn.ReLU()), example_inputs=X).output_difference is None
+
+
+@pytest.mark.parametrize("of", [Tensor.to_sparse, torch.fft.fft, lambda y: torch.nested.as_nested_tensor(list(y))])
+def test_differences_of_other_tensors(of):
+    """Sparse, complex (of which the imaginary part counts), nested."""
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return of(super().forward(x))
+
+    report = replace_activations(Net(nn.Hardswish()), example_inputs=X)
+    assert 0.05 < report.output_difference < 1
 
 
 def test_on_the_meta_device():
