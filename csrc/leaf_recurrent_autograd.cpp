@@ -25,7 +25,7 @@ FiveTensors composite(const Layer& l) {
     p[set] = {of_set(0), of_set(1), of_set(2), of_set(3)};
   }
   std::vector<Tensor> outputs(count), cells(count), pre(count);
-  const Tensor by_x = at::linear(l.x.reshape({-1, l.x.size(-1)}), l.weight_ih, l.bias_ih);
+  const Tensor by_x = at::linear(l.x.flatten(0, -2), l.weight_ih, l.bias_ih);
   for (int64_t k = 0; k < count; ++k) {
     const int64_t step = steps.at(k);
     const auto before = [&](const Tensor& initial, const std::vector<Tensor>& all) {
@@ -53,8 +53,8 @@ FiveTensors composite(const Layer& l) {
     return at::cat(parts).view(sizes_with(l.x, parts[0].size(1)));
   };
   const auto last = [&](const std::vector<Tensor>& parts) { return steps.last([&](int64_t s) { return parts[s]; }); };
-  const Tensor none = at::empty({0}, l.x.options());
-  return {all(outputs), last(outputs), l.c ? last(cells) : none, l.c ? all(cells) : none, all(pre)};
+  const auto none = [&] { return at::empty({0}, l.x.options()); };
+  return {all(outputs), last(outputs), l.c ? last(cells) : none(), l.c ? all(cells) : none(), all(pre)};
 }
 
 using torch::autograd::AutogradContext;

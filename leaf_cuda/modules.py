@@ -73,6 +73,15 @@ def has_parameters_but_leaf(module: nn.Module, state_dict: dict, prefix: str) ->
     return all(prefix + name in state_dict for name, p in module.named_parameters() if p not in of_leaf)
 
 
+def _placed_as(t: Tensor, parameter: Tensor | None) -> Tensor:
+    """t, or as a DTensor where the parameter is one: no plain tensor is copied to it."""
+    if not hasattr(parameter, "placements"):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t, parameter.device_mesh, parameter.placements)
+
+
 class LearnableActivation(nn.Module):
     """What LEAF and AHAF share: sizes, initial forms, and parameters that stay in float32.
 
@@ -137,13 +146,8 @@ class LearnableActivation(nn.Module):
             if len(values) == 1:
                 nn.init.constant_(p, values[0])
                 continue
-            initial = self._initial_tensor(values, {"dtype": p.dtype, "device": p.device})
-            if hasattr(p, "placements"):  # a DTensor, which copies no plain tensor
-                from torch.distributed.tensor import distribute_tensor
-
-                initial = distribute_tensor(initial, p.device_mesh, p.placements)
             with torch.no_grad():
-                p.copy_(initial)
+                p.copy_(_placed_as(self._initial_tensor(values, {"dtype": p.dtype, "device": p.device}), p))
 
     def add_initial_values(self, state_dict: dict, prefix: str, weight: Tensor | None) -> None:
         """Adds this module's parameters in their initial form to a state dict that has none of them, as one of a fixed
@@ -152,7 +156,8 @@ class LearnableActivation(nn.Module):
         if weight is None or not values.keys().isdisjoint(state_dict):
             return
         like = {"dtype": arithmetic_dtype(weight.dtype), "device": weight.device}
-        state_dict |= {key: self._initial_tensor(value, like) for key, value in values.items()}
+        initial = {key: self._initial_tensor(value, like) for key, value in values.items()}
+        state_dict |= {key: _placed_as(t, getattr(self, key.removeprefix(prefix), None)) for key, t in initial.items()}
 
     def parts(self) -> dict[str, tuple]:
         """What the module has of activations, for a figure: a name behind its own → (its initial form, its parameters by

@@ -40,25 +40,34 @@ def recurrent(
         return _in_math(u, p1[row], p2[row], p3[row], p4[row])
 
     by_x = torch.nn.functional.linear(x, weight_ih, bias_ih)
-    sizes = [len(h)] * len(x) if batch_sizes is None else batch_sizes.tolist()
-    if sizes[:1] != [len(h)] or any(b > a or b < 1 for a, b in zip(sizes, sizes[1:])):
-        raise ValueError(f"batch_sizes is {sizes}; it takes sizes that never grow, from h's batch, {len(h)}, on")
-    steps = list(by_x) if batch_sizes is None else list(by_x.split(sizes))
+    if batch_sizes is None:  # no size of a batch is asked for: an exported one may vary
+        steps = by_x.unbind()
+    else:
+        sizes = batch_sizes.tolist()
+        if sizes[:1] != [len(h)] or any(b > a or b < 1 for a, b in zip(sizes, sizes[1:])):
+            raise ValueError(f"batch_sizes is {sizes}; it takes sizes that never grow, from h's batch, {len(h)}, on")
+        steps = by_x.split(sizes)
+
+    def of_step(state: Tensor, t: int) -> Tensor:
+        return state if batch_sizes is None else state[: sizes[t]]
+
+    def after_step(new: Tensor, state: Tensor, t: int) -> Tensor:
+        return new if batch_sizes is None else torch.cat([new, state[sizes[t] :]])
+
     outputs = [h] * len(steps)
     for t in reversed(range(len(steps))) if reverse else range(len(steps)):
-        n = len(steps[t])
-        state = h[:n]
+        state = of_step(h, t)
         through = torch.nn.functional.linear(state, weight_hh, bias_hh)
         if c is not None:
             i, f, g, o = (steps[t] + through).to(math).chunk(4, -1)
-            cell = act(f, 1) * c[:n] + act(i, 0) * act(g, 2)
+            cell = act(f, 1) * of_step(c, t) + act(i, 0) * act(g, 2)
             new = (act(o, 3) * act(cell, 4)).to(x.dtype)
-            c = torch.cat([cell.to(x.dtype), c[n:]])
+            c = after_step(cell.to(x.dtype), c, t)
         else:
             (r, z, m), (r_x, z_x, n_x) = through.chunk(3, -1), steps[t].chunk(3, -1)
             candidate = act((n_x.to(math) + act((r_x + r).to(math), 0) * m), 2)
             new = (candidate + act((z_x + z).to(math), 1) * (state - candidate)).to(x.dtype)
-        h = torch.cat([new, h[n:]])
+        h = after_step(new, h, t)
         outputs[t] = new
     output = torch.stack(outputs) if batch_sizes is None else torch.cat(outputs)
     return (output, h) if c is None else (output, h, c)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import leaf_cuda
+from leaf_cuda.nn import LeafLSTM, LeafMLP
 from leaf_cuda.optim import DoubleStageTuner, leaf_param_groups
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not in this build of torch")
@@ -125,6 +126,34 @@ def own():
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     return {"mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
+
+
+def fsdp_loads_sharded_state_of_torch(rank, mesh):
+    """nn.LSTM's own, and a LLaMA's MLP's, which has no parameters of an activation."""
+    from torch.distributed.fsdp import fully_shard
+
+    class MLP(nn.Module):
+        def __init__(self, features, between):
+            super().__init__()
+            self.gate_proj = nn.Linear(features, between, bias=False)
+            self.up_proj = nn.Linear(features, between, bias=False)
+            self.down_proj = nn.Linear(between, features, bias=False)
+
+        def forward(self, x):
+            return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 4)
+    for make, make_leaf in ((nn.LSTM, LeafLSTM), (MLP, LeafMLP)):
+        for assign in (False, True):
+            source, target = make(4, 8), make_leaf(4, 8)
+            for module in (source, target):
+                fully_shard(module, mesh=mesh)
+            with torch.no_grad():
+                for p in target.parameters():
+                    p.fill_(0.5)
+            target.load_state_dict(source.state_dict(), assign=assign)
+            torch.testing.assert_close(target(x), source(x))
 
 
 def fsdp_in_one_group(rank, mesh):
@@ -334,6 +363,7 @@ CHECKS = [
     double_stage_with_fsdp,
     fsdp,
     fsdp_of_a_recurrent_layer,
+    fsdp_loads_sharded_state_of_torch,
     fsdp_in_one_group,
     fsdp_with_a_policy,
     fsdp_with_a_float16_policy,
