@@ -35,16 +35,20 @@ def split_activation_parameters(model: nn.Module) -> tuple[list[nn.Parameter], l
 
 
 def leaf_param_groups(
-    model: nn.Module, lr: float, p24_lr: float | None = None, weight_decay: float = 0.0
+    model: nn.Module, lr: float | Tensor, p24_lr: float | Tensor | None = None, weight_decay: float | None = None
 ) -> list[dict]:
-    """Parameter groups for any ``torch.optim`` optimizer, each with its "name".
+    """Parameter groups, each with its "name", for the optimizers of ``torch.optim``, but LBFGS, which takes one group, and
+    Muon, which takes matrices only.
 
-    - "weights": all parameters outside LEAF and AHAF, with ``weight_decay``. It comes first, and may be empty.
+    - "weights": all parameters outside LEAF and AHAF, with ``weight_decay``, or the optimizer's own if that is None. It
+      comes first, and may be empty.
     - "activations": those of LEAF and AHAF, without decay; where there are any.
     - "p2 and p4": those two of LEAF, without decay and at ``p24_lr``; with the others if that is None.
 
     The authors' p24_lr is lr/1000 for Adam and lr/10 for RMSprop: with ReLU's p3 = 2^16 a small p2 makes a slope near
     p2·p3/4 at u = 0.
+
+    A tensor ``lr`` or ``p24_lr`` is cloned for each group, as schedulers change it in place.
 
     ``weights, *activations = leaf_param_groups(...)`` gives the two optimizers of :class:`DoubleStageTuner` theirs.
 
@@ -52,15 +56,16 @@ def leaf_param_groups(
     """
     names = _activation_parameters(model)
     offsets = {p: None for p, name in names.items() if p24_lr is not None and {"p2", "p4"} & set(name.split("."))}
-    groups = [
-        {"name": "weights", "params": split_activation_parameters(model)[1], "lr": lr, "weight_decay": weight_decay}
-    ]
-    for name, parameters, rate in (
-        ("activations", [p for p in names if p not in offsets], lr),
-        ("p2 and p4", list(offsets), p24_lr),
+    groups = []
+    for name, parameters, rate, decay in (
+        ("weights", split_activation_parameters(model)[1], lr, weight_decay),
+        ("activations", [p for p in names if p not in offsets], lr, 0.0),
+        ("p2 and p4", list(offsets), p24_lr, 0.0),
     ):
-        if parameters:
-            groups.append({"name": name, "params": parameters, "lr": rate, "weight_decay": 0.0})
+        if parameters or name == "weights":
+            rate = rate.clone() if isinstance(rate, Tensor) else rate
+            decay = {} if decay is None else {"weight_decay": decay}
+            groups.append({"name": name, "params": parameters, "lr": rate, **decay})
     return groups
 
 

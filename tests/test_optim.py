@@ -91,6 +91,27 @@ def test_groups():
     assert [g["name"] for g in (weights, activations, p24)] == ["weights", "activations", "p2 and p4"]
 
 
+def test_decay_is_the_optimizers_own():
+    """Where none is given: of the weights, and never of the activations."""
+    weights, *activations = torch.optim.AdamW(leaf_param_groups(network(), 0.5, 0.1), weight_decay=0.05).param_groups
+    assert weights["weight_decay"] == 0.05 and [g["weight_decay"] for g in activations] == [0, 0]
+    weights, *_ = torch.optim.AdamW(leaf_param_groups(network(), 0.5, weight_decay=0.0), weight_decay=0.05).param_groups
+    assert weights["weight_decay"] == 0
+
+
+def test_groups_of_tensor_rates():
+    """A scheduler, which changes a tensor in place, changes each group once."""
+    lr, p24_lr = torch.tensor(0.5), torch.tensor(0.25)
+    optimizer = torch.optim.SGD(leaf_param_groups(network(), lr, p24_lr))
+    other = torch.optim.SGD(leaf_param_groups(network(), lr, p24_lr))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    optimizer.step()
+    scheduler.step()
+    assert [g["lr"].item() for g in optimizer.param_groups] == [0.25, 0.25, 0.125]
+    assert [g["lr"].item() for g in other.param_groups] == [0.5, 0.5, 0.25]
+    assert (lr.item(), p24_lr.item()) == (0.5, 0.25)
+
+
 def test_groups_in_an_optimizer():
     """One step of plain SGD by each group's own rate and decay."""
     model = network()
