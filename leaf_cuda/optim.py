@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import numbers
 from collections.abc import Callable, Iterator
 
@@ -73,6 +74,10 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def _has_gradients(optimizer: Optimizer) -> bool:
+    return any(p.grad is not None for p in _parameters(optimizer))
+
+
 @contextlib.contextmanager
 def _without_gradients(parameters: list[Tensor]) -> Iterator[None]:
     """Within, none of the parameters requires a gradient."""
@@ -128,14 +133,15 @@ class DoubleStageTuner:
 
     Args:
         activation_optimizer, weight_optimizer: optimizers without a parameter in common, whose own ``step`` needs no
-            closure. Learning-rate schedulers on them are stepped by the caller.
+            closure (LBFGS's does). Learning-rate schedulers on them are stepped by the caller.
         scaler: a ``torch.amp.GradScaler``; each stage is one iteration to it, with its own ``update``.
         clip_grad_norm: the largest 2-norm of the gradients of one optimizer's parameters; above it they are scaled down.
         single_pass: both gradients from one forward and one backward instead of two. The weights' gradient is then the
             one at the activation parameters before their step.
 
     Raises:
-        TypeError: an optimizer is none, or ``clip_grad_norm`` is no number.
+        TypeError: an optimizer is none, or its ``step`` needs a closure; ``scaler`` is none; ``clip_grad_norm`` is no
+            number.
         ValueError: a parameter is in both optimizers, or ``clip_grad_norm`` is not positive.
     """
 
@@ -151,6 +157,14 @@ class DoubleStageTuner:
         for name, optimizer in (("activation_optimizer", activation_optimizer), ("weight_optimizer", weight_optimizer)):
             if not hasattr(optimizer, "param_groups"):
                 raise TypeError(f"{name} is of type {type(optimizer).__name__}; it takes a torch.optim.Optimizer")
+            closure = inspect.signature(optimizer.step).parameters.get("closure")
+            if closure is not None and closure.default is closure.empty:
+                raise TypeError(
+                    f"{name} is of type {type(optimizer).__name__}, whose step needs a closure; it takes one whose step "
+                    "needs none"
+                )
+        if scaler is not None and not all(hasattr(scaler, m) for m in ("scale", "unscale_", "step", "update")):
+            raise TypeError(f"scaler is of type {type(scaler).__name__}; it takes a torch.amp.GradScaler or None")
         if not (clip_grad_norm is None or isinstance(clip_grad_norm, numbers.Real)):
             raise TypeError(f"clip_grad_norm is {clip_grad_norm!r}; it takes a positive number or None")
         shared = set(_parameters(activation_optimizer)) & set(_parameters(weight_optimizer))
@@ -199,7 +213,7 @@ class DoubleStageTuner:
 
     def _stage(self, closure: Callable[[], Tensor], *optimizers: Optimizer) -> Tensor:
         for optimizer in optimizers:
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=True)
         torch.clear_autocast_cache()  # of an autocast around this call: casts of parameters before their last step
         with torch.enable_grad():
             loss = closure()
@@ -209,23 +223,24 @@ class DoubleStageTuner:
             )
         if loss.numel() != 1:
             raise ValueError(f"closure returned a tensor of shape {tuple(loss.shape)}; it takes one of one element")
-        if any(p.grad is not None for optimizer in optimizers for p in _parameters(optimizer)):
+        if any(map(_has_gradients, optimizers)):
             raise RuntimeError("closure ran backward; it takes one that runs the forward only")
-        if not loss.requires_grad:
+        if loss.requires_grad:
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        if not any(map(_has_gradients, optimizers)):
             raise RuntimeError(
                 "closure returned a loss that depends on no parameter, of "
                 f"{' and '.join(self._name(o) for o in optimizers)}, that requires a gradient"
             )
-        scaler = self.scaler
-        (loss if scaler is None else scaler.scale(loss)).backward()
         for optimizer in optimizers:
+            scaler = self.scaler if _has_gradients(optimizer) else None  # it refuses an optimizer without gradients
             if self.clip_grad_norm is not None:
                 if scaler is not None:
                     scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(_parameters(optimizer), self.clip_grad_norm)
             optimizer.step() if scaler is None else scaler.step(optimizer)
-        if scaler is not None:
-            scaler.update()
+        if self.scaler is not None:
+            self.scaler.update()
         return loss.detach()
 
     def _name(self, optimizer: Optimizer) -> str:

@@ -252,6 +252,34 @@ def test_scaler(clip, single_pass):
     assert scaler.get_scale() == 2.0 ** (15 if single_pass else 14)
 
 
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_scaler_and_frozen_weights(clip):
+    """A scaler makes no difference where one optimizer has no gradients."""
+    models = [network(), network()]
+    for model, scaler in zip(models, (None, torch.amp.GradScaler("cpu", init_scale=2.0**16))):
+        for p in split_activation_parameters(model)[1]:
+            p.requires_grad_(False)
+        tuner = DoubleStageTuner(*sgd(model), scaler=scaler, clip_grad_norm=clip, single_pass=True)
+        for _ in range(2):
+            tuner.step(loss_of(model))
+    for p, q, initial in zip(*(m.parameters() for m in (*models, network())), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        assert torch.equal(p, initial) or p.requires_grad
+
+
+def test_zero_grad_that_keeps_tensors():
+    class Keeping(torch.optim.SGD):
+        def zero_grad(self, set_to_none=False):
+            super().zero_grad(set_to_none)
+
+    model, own = network(), network()
+    tuner, own_tuner = DoubleStageTuner(*sgd(model, Keeping)), DoubleStageTuner(*sgd(own))
+    for _ in range(2):
+        tuner.step(loss_of(model))
+        own_tuner.step(loss_of(own))
+    assert_models_equal(model, own)
+
+
 def test_autocast():
     """Around the step and inside of the closure: the same. A second step takes the new weights."""
     models = [network(), network()]
@@ -325,6 +353,14 @@ def test_closures_that_are_none(closure, error, message):
         DoubleStageTuner(*sgd(model)).step(lambda: closure(model))
 
 
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu")])
+def test_loss_of_another_parameter(scaler):
+    """One that requires a gradient, and is in neither optimizer."""
+    other = torch.ones((), requires_grad=True)
+    with pytest.raises(RuntimeError, match="depends on no parameter, of activation_optimizer, that"):
+        DoubleStageTuner(*sgd(network()), scaler=scaler).step(lambda: other * 2)
+
+
 def test_closure_that_runs_backward():
     model = network()
     before = copy.deepcopy(model)
@@ -351,5 +387,9 @@ def test_constructor_checks():
         DoubleStageTuner(activations, weights, clip_grad_norm="1")
     with pytest.raises(TypeError, match="weight_optimizer is of type generator; it takes a torch.optim.Optimizer"):
         DoubleStageTuner(activations, model.parameters())
+    with pytest.raises(TypeError, match="weight_optimizer is of type LBFGS, whose step needs a closure; it takes one"):
+        DoubleStageTuner(activations, torch.optim.LBFGS(weights.param_groups[0]["params"]))
+    with pytest.raises(TypeError, match="scaler is of type float; it takes a torch.amp.GradScaler or None"):
+        DoubleStageTuner(activations, weights, scaler=2.0)
     with pytest.raises(TypeError, match="closure is of type Tensor; it takes a function"):
         DoubleStageTuner(activations, weights).step(torch.ones(()))
