@@ -36,6 +36,21 @@ def activation(kind: type[nn.Module], granularity: str = "element", **options) -
     return lambda shape: kind(size=size_of(granularity, shape), **options)
 
 
+def _checked(name: str, make: MakeActivation) -> MakeActivation:
+    """`make`, the argument of that name, if it is a function; it raises in its turn where it makes no module."""
+    takes = "it takes a function of the map's shape that makes an activation, such as activation(nn.ReLU)"
+    if isinstance(make, nn.Module | type) or not callable(make):
+        raise TypeError(f"{name} is {make!r}; {takes}")
+
+    def made(shape: tuple[int, ...]) -> nn.Module:
+        layer = make(shape)
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"{name} made {layer!r}; {takes}")
+        return layer
+
+    return made
+
+
 class _Network(nn.Module):
     """What the networks share: their arguments, which LeNet5's docstring tells."""
 
@@ -49,9 +64,7 @@ class _Network(nn.Module):
         conv: MakeActivation = activation(nn.ReLU),
         fc: MakeActivation = activation(nn.ReLU),
     ):
-        for name, make in (("conv", conv), ("fc", fc)):
-            if isinstance(make, nn.Module) or not callable(make):
-                raise TypeError(f"{name} is {make!r}; it takes what makes an activation, such as activation(nn.ReLU)")
+        conv, fc = _checked("conv", conv), _checked("fc", fc)
         if (
             not isinstance(input_shape, Sequence)
             or len(input_shape) != 3

@@ -98,6 +98,11 @@ def test_errors():
         activation("SiLU")
     with pytest.raises(ValueError, match="input_shape is 28; LeNet5 takes"):
         LeNet5(28)
-    for wrong in (nn.ReLU(), "relu"):
-        with pytest.raises(TypeError, match="fc is .*; it takes what makes an activation"):
+    for wrong in (nn.ReLU(), "relu", nn.SiLU, LEAF):
+        with pytest.raises(
+            TypeError, match="fc is .*; it takes a function of the map's shape that makes an activation"
+        ):
             KerasNet(fc=wrong)
+    for made in (None, torch.relu):
+        with pytest.raises(TypeError, match="conv made .*; it takes a function of the map's shape that makes"):
+            LeNet5(conv=lambda shape: made)
