@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -28,18 +29,18 @@ def plot_forms(
 
     Args:
         model: a model, or one LEAF or AHAF. What is shared is drawn once.
-        reference: what is drawn behind instead: a form as LEAF's ``init_as``, or a function such as
+        reference: what is drawn behind instead: a form as LEAF's ``init_as``, or a function or module, such as
             ``torch.nn.functional.gelu``.
         samples: the most curves of one panel; with more sets of parameters, they are spread evenly over them.
-        bounds: of u.
+        bounds: of u, finite.
 
     Returns:
         A ``matplotlib.figure.Figure``, not registered with pyplot: ``.savefig("forms.png")`` writes it.
 
     Raises:
         ImportError: matplotlib is missing.
-        TypeError: ``model`` is no module.
-        ValueError: the model has no LEAF or AHAF, or another argument is none of these.
+        TypeError: ``model`` is no module, or ``reference`` a class.
+        ValueError: the model has no LEAF or AHAF, or one on the meta device, or another argument is none of these.
     """
     try:
         from matplotlib.figure import Figure
@@ -55,10 +56,13 @@ def plot_forms(
     }
     if not layers:
         raise ValueError("model has no LEAF or AHAF to draw; leaf_cuda.convert.replace_activations puts them in")
-    if not isinstance(samples, int) or samples < 1:
+    for name, (_, _, parameters) in layers.items():
+        if any(p.is_meta for p in parameters.values()):
+            raise ValueError(f"model has {name!r} on the meta device; it takes a model whose parameters have values")
+    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
         raise ValueError(f"samples is {samples!r}; it takes a positive integer")
-    if not (isinstance(bounds, Sequence) and len(bounds) == 2 and bounds[0] < bounds[1]):
-        raise ValueError(f"bounds is {bounds!r}; it takes (low, high) with low < high")
+    if not (isinstance(bounds, Sequence) and len(bounds) == 2 and -math.inf < bounds[0] < bounds[1] < math.inf):
+        raise ValueError(f"bounds is {bounds!r}; it takes finite (low, high) with low < high")
 
     u = torch.linspace(*bounds, 401, dtype=torch.float64, device="cpu")
     columns = min(_COLUMNS, len(layers))
@@ -71,9 +75,10 @@ def plot_forms(
         panel.plot(u, behind(u), color="black", linestyle="--", linewidth=1.2, label=label, zorder=3)
         panel.plot(u, curves.T, color="tab:blue", linewidth=1, alpha=max(0.25, 1 / len(curves)))
         shown = f"{count} form{'s' if count > 1 else ''}" if count == len(curves) else f"{len(curves)} of {count} forms"
-        panel.set_title(f"{name}: {shown}", fontsize=9)
+        panel.set_title(f"{name}: {shown}", fontsize=9, parse_math=False)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
+        for text in panel.legend(fontsize=8).get_texts():
+            text.set_parse_math(False)
     for panel in list(panels):
         panel.remove()
     figure.supxlabel("u")
@@ -82,21 +87,32 @@ def plot_forms(
 
 
 def _reference(initial, reference) -> tuple[Callable[[Tensor], Tensor], str]:
+    if isinstance(reference, type):
+        raise TypeError(f"reference is {reference!r}, a class; it takes a form, a function or a module")
     if callable(reference):
-        return reference, getattr(reference, "__name__", type(reference).__name__)
+        name = getattr(reference, "__name__", type(reference).__name__)
+        return lambda u: _in_its_dtype(reference, u), f"reference {name}"
     form = initial if reference is None else reference
     try:
         values = _form(form)
     except ValueError as error:
         raise ValueError(f"reference takes a function or a form: {error}") from None
     label = form if isinstance(form, str) else str(tuple(form))
-    return lambda u: leaf(u, *values), label + (" at the start" if reference is None else "")
+    return lambda u: leaf(u, *values), f"{label} at the start" if reference is None else f"reference {label}"
+
+
+def _in_its_dtype(function: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+    """function(u), computed in the dtype and on the device of a module's parameters."""
+    like = next(function.parameters(), u) if isinstance(function, nn.Module) else u
+    return function(u.to(like)).detach().to(u)
 
 
 def _curves(function, parameters: dict[str, Tensor], u: Tensor, samples: int) -> tuple[Tensor, int]:
     """y (curves, points) for at most `samples` of the sets of parameters, and how many sets there are."""
     names = ("beta", "gamma") if function is ahaf else ("p1", "p2", "p3", "p4")
-    values = [parameters[name].detach().to("cpu", torch.float64).flatten() for name in names]
+    values = [parameters[name].detach().flatten() for name in names]
     count = values[0].numel()
-    chosen = torch.linspace(0, count - 1, min(samples, count), device="cpu").round().long()
-    return function(u.expand(len(chosen), -1), *(p[chosen, None] for p in values)), count
+    # In float64: float32 does not hold every index beyond 2^24.
+    chosen = torch.linspace(0, count - 1, min(samples, count), dtype=torch.float64, device="cpu").round().long()
+    values = [p[chosen, None].to("cpu", torch.float64) for p in values]
+    return function(u.expand(len(chosen), -1), *values), count

@@ -50,14 +50,63 @@ def test_reference(reference):
     assert panel.get_title() == "LEAF: 1 form"
 
 
+def drawn_reference(reference):
+    figure = plot_forms(LEAF(), reference=reference)
+    figure.draw_without_rendering()
+    (panel,) = figure.axes
+    (text,) = panel.get_legend().get_texts()
+    return panel.get_lines()[0].get_ydata(), text.get_text()
+
+
+def test_reference_of_a_module():
+    """In the dtype of its parameters, which are trained."""
+    u = torch.linspace(-4, 4, 401, dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        y, label = drawn_reference(LEAF(init_as="SiLU", dtype=dtype))
+        np.testing.assert_allclose(y, nn.functional.silu(u), atol=torch.finfo(dtype).eps * 8)
+        assert label == "reference LEAF"
+    np.testing.assert_allclose(drawn_reference(nn.SiLU())[0], nn.functional.silu(u), atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["_own", "cost in $ or $\\none$"])
+def test_names_are_shown_as_they_are(name):
+    def own(u):
+        return u
+
+    own.__name__ = name
+    assert drawn_reference(own)[1] == f"reference {name}"
+    figure = plot_forms(nn.ModuleDict({name: LEAF()}))
+    figure.draw_without_rendering()
+    assert figure.axes[0].get_title() == f"{name}: 1 form"
+
+
+def test_many_sets_of_parameters():
+    """More than float32 can count."""
+    layer = LEAF(init_as="SiLU")
+    count = 2**24 + 4
+    for name, p in layer.named_parameters():
+        setattr(layer, name, nn.Parameter(p.detach().expand(count)))
+    (panel,) = plot_forms(layer, samples=3).axes
+    assert panel.get_title() == f"LEAF: 3 of {count} forms"
+
+
 def test_errors(monkeypatch):
     for options, error, message in (
         ({"model": 3}, TypeError, "model is of type int"),
         ({"model": nn.ReLU()}, ValueError, "model has no LEAF or AHAF"),
         ({"reference": "Cubic"}, ValueError, "reference takes a function or a form: init_as is 'Cubic'"),
+        ({"reference": nn.GELU}, TypeError, "reference is <class .*GELU'>, a class; it takes a form, a function or a"),
+        (
+            {"model": nn.Sequential(nn.Linear(2, 2), LEAF(device="meta"))},
+            ValueError,
+            "model has '1' on the meta device",
+        ),
         ({"samples": 0}, ValueError, "samples is 0"),
+        ({"samples": True}, ValueError, "samples is True; it takes"),
         ({"bounds": (1, 1)}, ValueError, r"bounds is \(1, 1\)"),
         ({"bounds": 3}, ValueError, "bounds is 3; it takes"),
+        ({"bounds": (-float("inf"), 1)}, ValueError, r"bounds is \(-inf, 1\); it takes finite"),
+        ({"bounds": (0, float("inf"))}, ValueError, r"bounds is \(0, inf\); it takes finite"),
     ):
         with pytest.raises(error, match=message):
             plot_forms(**{"model": LEAF(), **options})
