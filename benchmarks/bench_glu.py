@@ -13,7 +13,7 @@ import time
 from statistics import median
 
 import torch
-from bench_leaf import formula, parse, print_table, ratio, tqdm
+from bench_leaf import at_least, formula, parse, print_table, ratio, tqdm
 
 import leaf_cuda
 
@@ -51,8 +51,8 @@ def seconds(gate, packed, parameters, sets) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--features", type=int, default=1024, help="of a, and of b")
+    parser.add_argument("--rows", type=at_least(1), default=4096)
+    parser.add_argument("--features", type=at_least(1), default=1024, help="of a, and of b")
     args = parse(parser, rounds=21)
 
     lines = []

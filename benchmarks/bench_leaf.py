@@ -14,6 +14,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median, quantiles
@@ -366,13 +367,65 @@ def restart_with_malloc() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
 
 
+# Types of options. What they refuse is told in one line, before anything is measured.
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}; it takes an integer from {least}")
+        return int(text)
+
+    return integer
+
+
+def device(text: str) -> str:
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("cuda; torch.cuda.is_available() is False")
+    return text
+
+
+def output_folder(text: str) -> Path:
+    """Makes it, so that a run does not end in an error."""
+    folder = Path(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{folder} cannot be made a folder: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{folder} cannot be written to")
+    return folder
+
+
+def output_file(text: str) -> Path:
+    """Makes its folder."""
+    file = Path(text)
+    output_folder(file.parent)
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f"{file} is a folder")
+    return file
+
+
+def add_options(parser: argparse.ArgumentParser, rounds: int, least_rounds: int = 1) -> None:
+    """The options that each benchmark has."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, choices=("cpu", "cuda"), default=default)
+    parser.add_argument(
+        "--rounds",
+        type=at_least(least_rounds),
+        default=rounds,
+        help=f"samples of each provider, {least_rounds} or more",
+    )
+    parser.add_argument(
+        "--threads", type=at_least(1), default=torch.get_num_threads(), help="of the CPU, where a case fixes none"
+    )
+    parser.add_argument("--markdown", type=output_file, metavar="FILE", help="write the table and the machine")
+
+
 def parse(parser: argparse.ArgumentParser, rounds: int) -> argparse.Namespace:
     """The options of a script of its own, and those that each of them has; its threads and its malloc are then set."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table to this file, too")
+    add_options(parser, rounds)
     args = parser.parse_args()
     if args.device == "cpu":
         restart_with_malloc()
@@ -446,7 +499,7 @@ def save(args: argparse.Namespace, where: dict, results: list[dict[str, Row]]) -
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add_options(parser, rounds=11, least_rounds=2)
     parser.add_argument("--quick", action="store_true", help="a few cases, shorter samples")
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="only the cases whose name holds it")
     parser.add_argument("--sweep", action="store_true", help="2^10 to 2^26 elements instead of the cases")
@@ -455,13 +508,10 @@ def arguments() -> argparse.Namespace:
     )
     left_out = [p for p in FUNCTIONS if p not in ("fused", "silu")]
     parser.add_argument("--without", nargs="+", default=[], choices=left_out, help="providers to leave out")
-    parser.add_argument("--rounds", type=int, default=11, help="samples of each provider, 2 or more")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the cases that fix none")
     parser.add_argument("--default-malloc", action="store_true", help="leave glibc's malloc as it is")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the machine")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table and the machine")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="write figures as PNG (needs matplotlib)")
+    parser.add_argument("--csv", type=output_file, metavar="FILE", help="write the rows")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the rows and the machine")
+    parser.add_argument("--plot", type=output_folder, metavar="FOLDER", help="write figures as PNG (needs matplotlib)")
     return parser.parse_args()
 
 
@@ -486,11 +536,11 @@ def main() -> None:
             progress.set_description(str(case))
             results += run_case(dataclasses.replace(case, threads=case.threads or args.threads), args, progress)
             save(args, where, results)  # now, for a run may be cut short
+    print(table(results, "simple"), below_table(where, results), sep="\n\n")
     if args.plot:
         import plots
 
         plots.write([dataclasses.asdict(row) for rows in results for row in rows.values()], args.plot)
-    print(table(results, "simple"), below_table(where, results), sep="\n\n")
 
 
 if __name__ == "__main__":

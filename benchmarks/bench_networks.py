@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 import torch._inductor.config
-from bench_leaf import AuthorsWay, formula, parse, print_table, ratio, tqdm
+from bench_leaf import AuthorsWay, at_least, formula, parse, print_table, ratio, tqdm
 from torch import nn
 
 from leaf_cuda import LEAF
@@ -89,8 +89,8 @@ NETWORKS = (LeNet5, KerasNet, Transformer)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--iterations", type=int, default=2, help="per round")
+    parser.add_argument("--batch", type=at_least(1), default=128)
+    parser.add_argument("--iterations", type=at_least(1), default=2, help="per round")
     args = parse(parser, rounds=15)
     torch._inductor.config.fallback_random = True  # dropout draws as in eager
 

@@ -12,7 +12,7 @@ import time
 from statistics import median
 
 import torch
-from bench_leaf import parse, print_table, ratio, tqdm
+from bench_leaf import at_least, parse, print_table, ratio, tqdm
 from torch import nn
 
 from leaf_cuda import reference
@@ -53,10 +53,10 @@ def seconds(layer, x) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--features", type=int, default=128, help="of x")
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--features", type=at_least(1), default=128, help="of x")
+    parser.add_argument("--hidden", type=at_least(1), default=256)
+    parser.add_argument("--batch", type=at_least(1), default=32)
+    parser.add_argument("--steps", type=at_least(1), default=64)
     args = parse(parser, rounds=31)
 
     x = torch.randn(args.steps, args.batch, args.features, device=args.device)
