@@ -4,6 +4,7 @@ sweep*.json, one run or more, beside the table (bench_leaf.py --json)."""
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import plots
@@ -12,6 +13,15 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 FEATURES = ROOT / "tests/features"
+
+
+def read(path: Path, *keys: str) -> list:
+    """What the JSON file has under the keys."""
+    try:
+        content = json.loads(path.read_text())
+        return [content[key] for key in keys]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"{path} cannot be read ({type(error).__name__}: {error}); nothing was written")
 
 
 def section(name: str) -> str:
@@ -33,10 +43,10 @@ def features() -> str:
     """A row per feature, a column per torch; a cell counts the feature's tests."""
     if not any(FEATURES.glob("*.json")):
         return "No run is in `tests/features/` yet.\n"
-    runs = [json.loads(path.read_text()) for path in sorted(FEATURES.glob("*.json"))]
-    names = list(runs[-1]["features"])
-    rows = [[name, *(cell(run["features"].get(name)) for run in runs)] for name in names]
-    headers = [f"torch {run['torch']}{', GPU: ' + run['gpu'] if run['gpu'] else ', no GPU'}" for run in runs]
+    runs = [read(path, "features", "torch", "gpu") for path in sorted(FEATURES.glob("*.json"))]
+    names = list(runs[-1][0])
+    rows = [[name, *(cell(counts.get(name)) for counts, *_ in runs)] for name in names]
+    headers = [f"torch {torch}{', GPU: ' + gpu if gpu else ', no GPU'}" for _, torch, gpu in runs]
     return tabulate(rows, ["tests of", *headers], tablefmt="github") + "\n"
 
 
@@ -48,10 +58,13 @@ def main() -> None:
         return f"{m[1]}{features() if m[2] == 'features' else section(m[2])}{m[3]}"
 
     text = re.sub(pattern, table, readme.read_text(), flags=re.DOTALL)
-    readme.write_text(text)
-    for folder in RESULTS.iterdir():
+    rows = {}
+    for folder in filter(Path.is_dir, RESULTS.iterdir()):
         paths = [*folder.glob("full.json"), *sorted(folder.glob("sweep*.json"))]
-        plots.write([row for path in paths for row in json.loads(path.read_text())["rows"]], folder)
+        rows[folder] = [row for path in paths for row in read(path, "rows")[0]]
+    readme.write_text(text)
+    for folder, of_folder in rows.items():
+        plots.write(of_folder, folder)
 
 
 if __name__ == "__main__":
