@@ -9,8 +9,8 @@ Options with several values make a grid, all of which is trained. A run that was
 when the same command is given again, and ends, on the CPU, as if it had not been.
 
 In the folder --output: of each run RUN.csv (its epochs), RUN.pt (its last state) and RUN-forms.png (what its activations
-became); of all runs summary.csv, table.md and the curves. Takes `pip install ".[examples]"`, and torchvision for the data
-that are not bundled.
+became); of the command's runs summary.csv, table.md and the curves. Takes `pip install ".[examples]"`, and torchvision for
+the data that are not bundled.
 """
 
 from __future__ import annotations
@@ -329,20 +329,21 @@ class Training:
         write_atomically(path, buffer.getbuffer())
 
     def load(self, path: Path) -> None:
+        count = self.processes.count
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            sys.exit(f"{path} cannot be read ({error}); to start this run anew: rm {path}")
-        count = self.processes.count
-        if state["processes"] != count:
-            sys.exit(
-                f"{path} is of {state['processes']} processes, and now there are {count}, which would give another "
-                "result: take as many, or another --output"
-            )
-        self.network.load_state_dict(state["network"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.history = state["history"]
+            if state["processes"] != count:
+                sys.exit(
+                    f"{path} is of {state['processes']} processes, and now there are {count}, which would give another "
+                    "result: take as many, or another --output"
+                )
+            self.network.load_state_dict(state["network"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.history = state["history"]
+        except Exception as error:  # of many types: the file may be damaged, of another run, or anything else
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            sys.exit(f"{path} cannot be read ({reason}); to start this run anew: rm {path}")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -446,7 +447,7 @@ def write_curves(trainings: list[Training], output: Path) -> None:
 
 
 def write_results(trainings: list[Training], output: Path) -> str:
-    """Writes the files of all runs; returns the table."""
+    """Writes the files of these runs; returns the table."""
     summary = []
     for training in trainings:
         top, history = best(training.history), training.history
@@ -529,7 +530,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"left out: {run.name}: {error}", file=sys.stderr)
     if not runs:
         sys.exit("no run is left")
-    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--output is {args.output}; it takes a folder ({error.strerror})")
     with started_processes(torch.device(args.device)) as processes:
         data = {}
         if processes.rank == 0:

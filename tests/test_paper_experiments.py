@@ -400,8 +400,20 @@ def test_damaged_checkpoint(tmp_path):
     run_program(tmp_path, epochs=1)
     (path,) = tmp_path.glob("*.pt")
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(SystemExit, match=f"{path.name} cannot be read .* to start this run anew: rm "):
+    message = f"^.*{path.name} cannot be read .* to start this run anew: rm .*{path.name}$"
+    with pytest.raises(SystemExit, match=message):
         run_program(tmp_path, epochs=1)
+    another = {"processes": 1, "history": [], "network": {"conv1.weight": torch.ones(2)}, "optimizers": []}
+    for wrong in ({}, {"processes": 1}, [1, 2], another, {**another, "network": 3}):
+        torch.save(wrong, path)
+        with pytest.raises(SystemExit, match=message):
+            run_program(tmp_path, epochs=1)
+
+
+def test_output_that_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="--output is .*file; it takes a folder"):
+        run_program(tmp_path / "file")
 
 
 @pytest.mark.parametrize(
