@@ -46,12 +46,11 @@ class Kernel:
             broken.append("floating-point atomics")
         if self.is_vectorised and not (self.count(r"LDG\.E.*\.128") and self.count(r"STG\.E.*\.128")):
             broken.append("no 128-bit loads or stores")
-        for body in self.loops():
-            moves = [opcode for opcode in body if re.match("LDG|STG", opcode)]
-            if any(opcode.endswith(".128") for opcode in moves) and not all(
-                opcode.endswith(".128") for opcode in moves
-            ):
-                broken.append("divided loads or stores in a loop over vectors")
+        # One for whole vectors alone; rows have another, with the elements at their ends.
+        moves = [[opcode for opcode in body if re.match("LDG|STG", opcode)] for body in self.loops()]
+        whole = [all(opcode.endswith(".128") for opcode in of_loop) for of_loop in moves if of_loop]
+        if self.is_vectorised and not any(whole):
+            broken.append("divided loads or stores in each loop over vectors")
         return broken
 
     def loops(self) -> list[list[str]]:

@@ -23,8 +23,9 @@ MUTATIONS = {
     "no barrier after shared parameters": (KERNELS, "  __syncthreads();  // before sums are written there\n", ""),
     "no memory for shared parameters": (LAUNCH, "!c.parameter_vectors ? 4 : 0;", "!c.parameter_vectors ? 0 : 0;"),
     "a shared parameter too few": (KERNELS, "own += c.ty;", "own += c.ty + 1;"),
-    "a row's tail is one too long": (KERNELS, "min(next, begin + r.inner)", "min(next, begin + r.inner + 1)"),
-    "a row's head is one too early": (KERNELS, "max(first, begin)", "max(first, begin - 1)"),
+    "a row's tail is one too long": (KERNELS, "min(begin + r.inner - first,", "min(begin + r.inner + 1 - first,"),
+    "a row's head is one too early": (KERNELS, "max(begin - first, int64_t{0})", "max(begin - first - 1, int64_t{0})"),
+    "a vector behind the end": (KERNELS, "slots[j].first + N <= end", "slots[j].first <= end"),
     "the columns' tail is one too short": (
         KERNELS,
         "static_cast<int>(n) : 0;",

@@ -29,15 +29,17 @@ constexpr int64_t kManyTiles = 8;
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Into how many shares to divide the `steps` of each of `items`, at most `limit`: of one, and those that fill the
+// Into how many shares to divide the `steps` of each of `items`: of at_least, and those up to at_most that fill the
 // `at_once` blocks that a device holds one time or a few, the number that takes the least time. It is counted in steps
 // of a full device, of which fewer blocks, down to half of them, still have all of the memory's speed; what a block
 // does before and after its steps counts as kOwnSteps, and a second kernel, where shares need one, as kFinishSteps.
-inline int64_t splits_for(int64_t items, int64_t steps, int64_t limit, int64_t at_once, bool finish) {
+inline int64_t splits_for(int64_t items, int64_t steps, int64_t at_least, int64_t at_most, int64_t at_once,
+                          bool finish) {
   constexpr int64_t kOwnSteps = 2, kFinishSteps = 2, kMaxTimes = 4;
-  int64_t best = 1, least = std::numeric_limits<int64_t>::max();
-  for (int64_t times = 0; times <= kMaxTimes; ++times) {
-    const int64_t splits = std::clamp<int64_t>(times * at_once / items, 1, limit);
+  int64_t best = at_least, least = std::numeric_limits<int64_t>::max();
+  const int64_t first = at_least > 1 ? std::max<int64_t>(items * at_least / at_once, 1) : 0;
+  for (int64_t times = first; times <= first + kMaxTimes; ++times) {
+    const int64_t splits = std::clamp(times * at_once / items, at_least, at_most);
     const int64_t last = items * splits % at_once;
     const int64_t blocks = items * splits - last + (last ? std::max(last, at_once / 2) : 0);
     const int64_t time =
@@ -70,8 +72,8 @@ inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t at
   r.threads = static_cast<int>(std::clamp<int64_t>(round_up(ceil_div(slots, unroll), kWarp), kWarp, kMaxThreads));
   const int64_t steps = ceil_div(slots, int64_t{r.threads} * unroll);
   // A term is the sum of a step's vectors.
-  const int64_t for_accuracy = ceil_div(steps, kMaxSerialSum);
-  r.splits = std::max(splits_for(r.count, steps, steps, at_once, sums), for_accuracy);
+  const int64_t for_accuracy = sums ? ceil_div(steps, kMaxSerialSum) : 1;
+  r.splits = splits_for(r.count, steps, for_accuracy, steps, at_once, sums);
   r.step_rows = r.splits * r.threads / r.vectors;
   r.step_vectors = r.splits * r.threads % r.vectors;
   r.step = r.step_rows * r.pitch;
@@ -123,11 +125,11 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t run, int vector, int
   c.shares = 1;
   while (c.shares < kWarp && 2 * c.shares * c.results * sums <= c.threads) c.shares *= 2;
   const int64_t steps = ceil_div(rows, int64_t{c.ty} * unroll);
-  const int64_t for_accuracy = ceil_div(rows, c.ty * kMaxSerialSum);
+  const int64_t for_accuracy = sums ? ceil_div(rows, c.ty * kMaxSerialSum) : 1;
   int64_t most = kMaxGridY;
   if (sums) most = std::clamp<int64_t>(workspace / (sums * sum_bytes * c.period_parts * c.count), 1, kMaxGridY);
-  c.splits = splits_for(c.tiles, steps, std::min(steps, most), at_once, sums && c.period_parts == 1);
-  c.splits = std::min(std::max(c.splits, for_accuracy), most);
+  most = std::min(steps, most);
+  c.splits = splits_for(c.tiles, steps, std::min(for_accuracy, most), most, at_once, sums && c.period_parts == 1);
   return c;
 }
 

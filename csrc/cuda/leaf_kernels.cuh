@@ -265,22 +265,32 @@ struct Operands {
       if (!Op::sums || out[k]) store_vector(out[k] + out_at(k, place), y[k]);
   }
 
-  // The first n elements, of N at most.
-  template <bool PerElement, int N>
-  __device__ __forceinline__ void run_part(const Place& place, int n, const Parameters<Arithmetic<S>>* p,
-                                           Arithmetic<S>* sum) const {
-    Vector<S, N> x[Op::inputs];
+  // The first n of N consecutive elements of each input: where the others are behind its end.
+  template <int N>
+  __device__ __forceinline__ Loaded<N> load_part(const Place& place, int n, const Loaded<N>& repeated) const {
+    Loaded<N> loaded = repeated;
 #pragma unroll
     for (int k = 0; k < Op::inputs; ++k) {
-      const bool one = Op::repeatable >> k & 1 && !stride[k];
-      const S* const from = in[k] + (one ? 0 : in_at(k, place));
+      if ((Op::repeatable >> k & 1) && !stride[k]) continue;
+      Vector<S, N> v = {};
 #pragma unroll
       for (int e = 0; e < N; ++e)
-        if (e < n) x[k].at[e] = from[one ? 0 : e];
+        if (e < n) v.at[e] = in[k][in_at(k, place) + e];
+      memcpy(&loaded.in[k], &v, sizeof(v));
     }
+    return loaded;
+  }
+
+  // As run, of the elements from, ..., to − 1 alone.
+  template <bool PerElement, int N>
+  __device__ __forceinline__ void run_part(const Place& place, int from, int to, const Loaded<N>& loaded,
+                                           const Parameters<Arithmetic<S>>* p, Arithmetic<S>* sum) const {
+    Vector<S, N> x[Op::inputs];
+#pragma unroll
+    for (int k = 0; k < Op::inputs; ++k) x[k] = elements<S, N>(loaded.in[k]);
 #pragma unroll
     for (int e = 0; e < N; ++e) {
-      if (e >= n) continue;
+      if (e < from || e >= to) continue;
       const auto input = [&](int k) { return x[k].at[e]; };
       const auto output = [&](int k, S value) {
         if (!Op::sums || out[k]) out[k][out_at(k, place) + e] = value;
@@ -308,9 +318,9 @@ struct Operands {
 template <class Op, class S, int N, bool ByRows>
 constexpr int kMinBlocks = [] {
   constexpr bool wide = sizeof(Arithmetic<S>) == 8;
-  constexpr int of_elements = Op::sets < 5 ? 4 : 2;
-  if (N == 1) return wide ? of_elements / 2 : of_elements;
-  return !wide && (Op::inputs == 1 || (Op::inputs == 2 && (ByRows || N < 8))) ? 3 : 2;
+  constexpr int of_elements = Op::sets < 3 ? 4 : Op::sums < 20 ? 3 : 2;
+  if (N == 1) return wide ? (of_elements + 1) / 2 : of_elements;
+  return !wide && Op::inputs <= 2 && (ByRows || N < 8) ? 3 : 2;
 }();
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
@@ -339,16 +349,16 @@ struct RowCursor {
     }
   }
 
-  // The row's elements among N: all (n = N), from a multiple of N on; fewer; or none (n ≤ 0).
+  // N elements from a multiple of N on, of which from, ..., to − 1 are the row's: all, fewer, or none.
   struct Slot {
     int64_t first;
-    int n;
+    int from, to;
   };
   __device__ __forceinline__ Slot slot() const {
-    if (Aligned) return {begin + vector * N, in_range() ? N : 0};
-    const int64_t first = (begin & -int64_t{N}) + vector * N, next = first + N;
-    const int64_t own_first = max(first, begin), own_next = in_range() ? min(next, begin + r.inner) : own_first;
-    return {own_first, static_cast<int>(own_next - own_first)};
+    if (Aligned) return {begin + vector * N, 0, in_range() ? N : 0};
+    const int64_t first = (begin & -int64_t{N}) + vector * N;
+    const int64_t to = in_range() ? min(begin + r.inner - first, int64_t{N}) : 0;
+    return {first, static_cast<int>(max(begin - first, int64_t{0})), static_cast<int>(to)};
   }
 };
 
@@ -405,26 +415,30 @@ __device__ __forceinline__ void run_rows(const RowsLaunch& r, int64_t k, int64_t
                                          const typename Operands<Op, S>::template Loaded<N>& repeated,
                                          const Parameters<Arithmetic<S>>* p, Arithmetic<S>* sum) {
   RowCursor<N, Aligned> cursor(r, k, split * r.threads + threadIdx.x);
+  const int64_t end = (r.outer - 1) * r.pitch + r.count * r.inner;  // of the operands
   while (cursor.in_range()) {
     typename RowCursor<N, Aligned>::Slot slots[Unroll];
     typename Operands<Op, S>::template Loaded<N> loaded[Unroll];
 #pragma unroll
     for (int j = 0; j < Unroll; ++j) {
       slots[j] = cursor.slot();
-      if (slots[j].n == N) loaded[j] = a.load({0, slots[j].first}, repeated);
+      // A vector that two rows share is loaded whole for each: no load waits for another.
+      if (slots[j].from < slots[j].to) {
+        if (Aligned || slots[j].first + N <= end)
+          loaded[j] = a.load({0, slots[j].first}, repeated);
+        else
+          loaded[j] = a.load_part({0, slots[j].first}, slots[j].to, repeated);
+      }
       cursor.advance();
     }
     Arithmetic<S> share[kSums<Op>] = {};  // a sum of few terms, so that `sum` has few as well: both lose little
 #pragma unroll
     for (int j = 0; j < Unroll; ++j) {
       const auto& slot = slots[j];
-      if (slot.n == N) {
+      if (Aligned ? slot.to : slot.to - slot.from == N)
         a.template run<false>({0, slot.first}, loaded[j], p, share);
-      } else if (!Aligned) {
-        constexpr int Most = Op::sets == 1 ? 4 : 2, At = N < Most ? N : Most;  // as many as there are registers for
-#pragma unroll 1
-        for (int e = 0; e < slot.n; e += At) a.template run_part<false, At>({0, slot.first + e}, slot.n - e, p, share);
-      }
+      else if (!Aligned && slot.from < slot.to)
+        a.template run_part<false>({0, slot.first}, slot.from, slot.to, loaded[j], p, share);
     }
 #pragma unroll
     for (int q = 0; q < Op::sums; ++q) sum[q] += share[q];
@@ -596,7 +610,10 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S, N, false>)
         a.template run<true>(place(row + j * step), loaded[j], p, sum);
       }
     }
-    if (const int rest = N > 1 ? t.rest(c) : 0) a.template run_part<true, N>(place(at(c.columns.rows)), rest, p, sum);
+    if (const int rest = N > 1 ? t.rest(c) : 0) {
+      const auto of_rest = place(at(c.columns.rows));
+      a.template run_part<true, N>(of_rest, 0, rest, a.load_part(of_rest, rest, repeated), p, sum);
+    }
   }
   if constexpr (Op::sums > 0)
     if (target.wanted) store_sums_of_columns<Op::sums, S, N>(c, t, sum, target);

@@ -6,9 +6,10 @@
 
 namespace leaf_cuda::cuda {
 
-// Vectors of each input that a thread has under way at once: about as many in all, whatever the operation.
-template <class Op>
-constexpr int kUnroll = Op::inputs < 4 ? 4 / Op::inputs : 1;
+// Vectors of each input that a thread has under way at once: about as many in all, whatever the operation; of single
+// elements, which are fewer bytes, twice as many.
+template <class Op, class S, int N>
+constexpr int kUnroll = (N == 1 && sizeof(S) < 8 ? 2 : 1) * (Op::inputs < 4 ? 4 / Op::inputs : 1);
 
 template <class F>
 void dispatch_storage(c10::ScalarType dtype, F f) {
@@ -32,6 +33,11 @@ constexpr int kVector = 16 / sizeof(S);
 // it takes single elements, which a warp reads in whole lines all the same.
 template <class Op>
 constexpr bool kColumnVectors = Op::sets == 1;
+
+template <class Op, class S>
+int unroll(bool vector) {
+  return vector ? kUnroll<Op, S, kVector<S>> : kUnroll<Op, S, 1>;
+}
 
 template <class Op, class S, bool ByRows>
 int min_blocks(bool vector) {
@@ -72,11 +78,12 @@ LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
     return multiprocessors * (b.by_rows ? min_blocks<Op, S, true>(b.vector) : min_blocks<Op, S, false>(b.vector));
   };
   if (b.by_rows) {
-    b.rows = plan_rows(a.plan, vector(), kUnroll<Op>, at_once(), sums);
+    b.rows = plan_rows(a.plan, vector(), unroll<Op, S>(b.vector), at_once(), sums);
     b.sums = partial_sums(sums, b.rows.splits, a.plan.count);
   } else {
     const auto plan = [&] {
-      b.columns = plan_columns(a.plan, a.run, vector(), kUnroll<Op>, at_once(), a.workspace, sums, sum_bytes);
+      b.columns =
+          plan_columns(a.plan, a.run, vector(), unroll<Op, S>(b.vector), at_once(), a.workspace, sums, sum_bytes);
       b.sums = partial_sums(sums, b.columns.splits * b.columns.period_parts, a.plan.count);
     };
     const int64_t period = a.plan.period(), pitch = a.plan.pitch;
@@ -112,14 +119,14 @@ void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Op::sums, S
   if constexpr (!Op::by_lines)
     if (b.by_rows) {
       const RowsLaunch& r = b.rows;
-      launch(rows<Op, S, N, kUnroll<Op>>, dim3(r.grid), r.threads, Op::sums * (r.threads / kWarp) * sizeof(A), r,
+      launch(rows<Op, S, N, kUnroll<Op, S, N>>, dim3(r.grid), r.threads, Op::sums * (r.threads / kWarp) * sizeof(A), r,
              a.parameters, operands, target);
       return;
     }
   if constexpr (N == 1 || kColumnVectors<Op>) {
     const ColumnsLaunch& c = b.columns;
     const int of_parameters = N > 1 && !c.parameter_vectors ? 4 : 0;
-    launch(columns<Op, S, N, kUnroll<Op>>, dim3(c.tiles, c.splits), c.threads,
+    launch(columns<Op, S, N, kUnroll<Op, S, N>>, dim3(c.tiles, c.splits), c.threads,
            sizeof(A) * std::max(Op::sums * c.ty, of_parameters) * c.tx * N, c, a.parameters, operands, target);
   }
 }

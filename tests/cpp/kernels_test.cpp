@@ -595,9 +595,10 @@ void large_plans() {
     bool found = false;
     for (int64_t v = std::max<int64_t>(0, r.vectors - 3); v < r.vectors; ++v) {
       const auto slot = RowCursor<N, false>(r, plan.count - 1, (plan.outer - 1) * r.vectors + v).slot();
-      found = found || (slot.n > 0 && slot.first + slot.n == plan.numel());
-      check(slot.n <= 0 || (slot.first >= 0 && slot.first + slot.n <= plan.numel()), what + " slot");
-      check(slot.n < N || slot.first % N == 0, what + " aligned");
+      found = found || (slot.from < slot.to && slot.first + slot.to == plan.numel());
+      if (slot.from >= slot.to) continue;
+      check(slot.first >= 0 && slot.first + slot.to <= plan.numel(), what + " slot");
+      check(slot.first % N == 0, what + " aligned");
     }
     check(found, what + " last element");
   }
@@ -657,7 +658,9 @@ void plans_of_a_large_device() {
         if (print_plans) print(plan, dtype, b);
         // Terms that a thread adds one after another: first, in the block, and in the finishing kernel.
         if (b.by_rows) {
-          at_most(ceil_div(plan.outer * r.vectors, r.splits * r.threads * kUnroll<Backward>), kMaxSerialSum, "steps");
+          const int at_once = dtype == c10::ScalarType::Float ? unroll<Backward, float>(b.vector)
+                                                              : unroll<Backward, c10::BFloat16>(b.vector);
+          at_most(ceil_div(plan.outer * r.vectors, r.splits * r.threads * at_once), kMaxSerialSum, "steps");
         } else {
           at_most(ceil_div(c.columns.rows, c.splits * c.ty), kMaxSerialSum, "rows");
           at_most(ceil_div(c.ty * c.tile_folds, c.shares) * c.inner, kMaxSerialSum, "terms");
