@@ -48,7 +48,7 @@ class Kernel:
             broken.append("no 128-bit loads or stores")
         # One for whole vectors alone; rows have another, with the elements at their ends.
         moves = [[opcode for opcode in body if re.match("LDG|STG", opcode)] for body in self.loops()]
-        whole = [all(opcode.endswith(".128") for opcode in of_loop) for of_loop in moves if of_loop]
+        whole = [all(".128" in opcode for opcode in of_loop) for of_loop in moves if of_loop]
         if self.is_vectorised and not any(whole):
             broken.append("divided loads or stores in each loop over vectors")
         return broken
