@@ -10,8 +10,9 @@ void check_parameter(const Names& names, const char* name, const Tensor& p, cons
   const auto u_sizes = u.sym_sizes(), sizes = p.sym_sizes();
   const int64_t offset = u.dim() - p.dim();
   for (int64_t d = 0; d < p.dim(); ++d) {
+    // What an export does not know yet, the kernel's own check will.
     const bool fits = TORCH_GUARD_OR_FALSE(sizes[d].sym_eq(1)) ||
-                      (offset + d >= 0 && sizes[d].sym_eq(u_sizes[offset + d]).guard_bool(__FILE__, __LINE__));
+                      (offset + d >= 0 && TORCH_GUARD_OR_TRUE(sizes[d].sym_eq(u_sizes[offset + d])));
     TORCH_CHECK_VALUE(fits, names.function, ": ", name, " of shape ", sizes, " does not broadcast to ", names.u,
                       " of shape ", u_sizes, "; its dimensions, aligned to the right, take 1 or ", names.u, "'s size");
   }
@@ -42,9 +43,15 @@ void check(const Tensor& u, const ParameterList& parameters, const Names& names)
     if (parameters[q]) check_parameter(names, kNames[q], *parameters[q], *parameters[0], u);
 }
 
+void check_layout(const char* function, const char* name, const Tensor& t) {
+  TORCH_CHECK_TYPE(t.defined(), function, ": ", name, " is None; it takes a tensor");
+  TORCH_CHECK_TYPE(t.layout() == at::kStrided, function, ": ", name, " has layout ", t.layout(), "; it takes Strided");
+  TORCH_CHECK_TYPE(!t.is_nested() && !t.is_quantized(), function, ": ", name, " is a ",
+                   t.is_nested() ? "nested" : "quantized", " tensor; it takes a plain one");
+}
+
 void check_layout(const char* function, const char* name, const OptionalTensor& t) {
-  TORCH_CHECK_TYPE(!t || t->layout() == at::kStrided, function, ": ", name, " has layout ", t->layout(),
-                   "; it takes Strided");
+  if (t) check_layout(function, name, *t);
 }
 
 void check_layout(const Tensor& u, const ParameterList& parameters, const Names& names) {

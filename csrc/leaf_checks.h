@@ -20,6 +20,7 @@ void check_dtype(const Tensor& u, const Names& names);
 void check_parameter_type(const Names& names, const char* name, const Tensor& p, const Tensor& p1, const Tensor& u);
 
 // Ahead of the dispatch by layout, which knows no names.
+void check_layout(const char* function, const char* name, const Tensor& t);
 void check_layout(const char* function, const char* name, const OptionalTensor& t);
 void check_layout(const Tensor& u, const ParameterList& parameters, const Names& names = {});
 

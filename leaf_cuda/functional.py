@@ -43,9 +43,10 @@ def _as_tensors(function: str, u: Tensor, parameters) -> list[Tensor | None]:
     tensors = []
     for name, p in zip(("p1", "p2", "p3", "p4"), parameters, strict=True):
         optional = name in ("p2", "p4")
-        if isinstance(p, numbers.Real) and not isinstance(p, bool):
+        symbolic = isinstance(p, (torch.SymInt, torch.SymFloat))
+        if symbolic or (isinstance(p, numbers.Real) and not isinstance(p, bool)):
             try:
-                p = torch.full((), float(p), dtype=dtype, device=u.device)
+                p = torch.full((), p if symbolic else float(p), dtype=dtype, device=u.device)
             except (OverflowError, RuntimeError):  # beyond float64, beyond float32
                 raise ValueError(f"{function}: {name} is {p}; it takes a number in the range of {dtype}") from None
         elif isinstance(p, Tensor) and p.dtype == u.dtype:

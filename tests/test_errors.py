@@ -109,6 +109,28 @@ CASES = {
         ValueError,
         ["p3", "[4]", "[4, 5]"],
     ),
+    "operator without p1": (
+        lambda: torch.ops.leaf_cuda.leaf_forward(u().requires_grad_(), None, None, p(), None),
+        TypeError,
+        ["leaf: p1 is None", "a tensor"],
+    ),
+    "operator without grad": (
+        lambda: BACKWARD(None, u(), p(), None, p(), None, MASK),
+        TypeError,
+        ["leaf_backward: grad is None", "a tensor"],
+    ),
+    "sparse": (lambda: LEAF()(u().to_sparse()), TypeError, ["leaf: u has layout Sparse", "Strided"]),
+    "nested": (lambda: LEAF()(torch.nested.nested_tensor([u(), u()])), TypeError, ["leaf: u is a nested tensor"]),
+    "nested, without gradients": (
+        lambda: leaf(torch.nested.nested_tensor([u(), u()]), p(), None, p(), None),
+        TypeError,
+        ["leaf: u is a nested tensor"],
+    ),
+    "quantized": (
+        lambda: leaf(torch.quantize_per_tensor(u(), 0.1, 0, torch.qint8), p(), None, p(), None),
+        TypeError,
+        ["leaf: u is a quantized tensor"],
+    ),
     "LeafFunction": (
         lambda: leaf_cuda.LeafFunction.apply(u(), p(), None, p(4), None),
         ValueError,

@@ -39,6 +39,19 @@ def test_export(strict):
         assert torch.equal(program.module()(x), network()(x))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_a_size_for_a_parameter(strict):
+    class Net(nn.Module):
+        def forward(self, u):
+            return leaf_cuda.leaf(u, u.shape[0], 0.5, u.shape[1] * 0.5, 0.1)
+
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(Net(), (torch.randn(3, 4),), dynamic_shapes=(sizes,), strict=strict)
+    for shape in ((3, 4), (5, 2)):
+        u = torch.randn(shape)
+        torch.testing.assert_close(program.module()(u), Net()(u))
+
+
 def test_export_of_training(tmp_path):
     torch.export.save(exported(), tmp_path / "leaf.pt2")
     module = torch.export.load(tmp_path / "leaf.pt2").module()

@@ -378,6 +378,20 @@ sys.exit(pytest.main(["-q", "-x", "-m", "not slow and not emulated and not cuda"
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_compile_of_an_unknown_size():
+    """One that a parameter has too: whether they are one is seen at the call."""
+    torch._dynamo.reset()
+    compiled = torch.compile(leaf_cuda.leaf, fullgraph=True, backend="aot_eager")
+    for channels in (4, 7):
+        u, p = torch.randn(3, channels, 5), torch.randn(channels, 1)
+        torch._dynamo.decorators.mark_unbacked(u, 1)
+        torch.testing.assert_close(compiled(u, p, p, p, p), leaf_cuda.leaf(u, p, p, p, p))
+    u = torch.randn(3, 6, 5)
+    torch._dynamo.decorators.mark_unbacked(u, 1)
+    with pytest.raises(ValueError, match=r"p1 of shape \[7, 1\] does not broadcast to u of shape \[3, 6, 5\]"):
+        compiled(u, p, p, p, p)
+
+
 @pytest.fixture
 def no_cpu_kernel(monkeypatch):
     monkeypatch.setattr(_ops, "has_kernel", lambda device_type: False)

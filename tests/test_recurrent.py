@@ -539,12 +539,23 @@ def test_onnx(tmp_path, kind):
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     module, x = randomised(LAYERS[kind][0](3, 4, bidirectional=True)), torch.randn(5, 2, 3)
-    torch.onnx.export(module, (x,), dynamo=True, verbose=False).save(tmp_path / "rnn.onnx")
+    batch = {1: torch.export.Dim.DYNAMIC}
+    torch.onnx.export(module, (x,), dynamo=True, verbose=False, dynamic_shapes=(batch,)).save(tmp_path / "rnn.onnx")
     graph = onnx.load(tmp_path / "rnn.onnx")
     assert {node.domain for node in graph.graph.node} == {""} and not graph.functions
     session = runtime.InferenceSession(tmp_path / "rnn.onnx")
-    output, *_ = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(output), module(x)[0].detach(), rtol=1e-5, atol=1e-5)
+    for x in (x, torch.randn(5, 1, 3), torch.randn(5, 6, 3)):
+        output, *_ = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(output), module(x)[0].detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_features(kind):
+    """As torch's: the state goes on by itself."""
+    module = CELLS[kind][0](0, 4, **float64)
+    state = as_tuple(module(torch.randn(2, 0, **float64)))[0]
+    (d,) = torch.autograd.grad(state.sum(), module.weight_hh, create_graph=True)
+    assert d.requires_grad and not d.any()
 
 
 @pytest.mark.parametrize("layout", ["batched", "packed"])
