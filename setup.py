@@ -102,7 +102,8 @@ def extension_and_command():
         os.environ["CUDA_HOME"], os.environ["TORCH_CUDA_ARCH_LIST"] = settings
     from torch.utils import cpp_extension
 
-    cxx = ["-O3", "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
+    standard = "-std=c++20"  # torch before 2.12 would take C++17
+    cxx = [standard, "-O3", "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
     cxx += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
     cxx += ["-fopenmp"]  # without it at::parallel_for runs on one thread
     # torch's own OpenMP runtime, if its wheel brings one: a second one would not know torch.set_num_threads.
@@ -114,7 +115,7 @@ def extension_and_command():
         extension = cpp_extension.CUDAExtension(
             "leaf_cuda._C",
             sources("core", "cuda", "python"),
-            extra_compile_args={"cxx": cxx + defines, "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden"]},
+            extra_compile_args={"cxx": cxx + defines, "nvcc": [standard, "-O3", "-Xcompiler", "-fvisibility=hidden"]},
             extra_link_args=link,
         )
     else:
