@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .modules import AHAF, LEAF, LearnableActivation, size_of
@@ -876,7 +877,7 @@ def _trace_once(
     modes = dict.fromkeys(module.modules(), training if children_training is None else children_training)
     modes[module] = training
     try:
-        with _training(modes), _refusing_type_checks():
+        with _training(modes), _refusing_type_checks(), _RefusingChanges():
             graph = _OneModule(given or {}).trace(module)
             if any(m.training != mode for m, mode in modes.items()):
                 raise _Untraceable("it changes the mode of a child")
@@ -886,13 +887,21 @@ def _trace_once(
     return graph
 
 
+class _RefusingChanges(TorchDispatchMode):
+    """Within, no tensor is changed in place: the graph would not do it again."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.is_mutable:
+            raise _Untraceable("it changes a tensor in place")
+        return function(*args, **(kwargs or {}))
+
+
 class _Held:
-    """What a forward may change as it is traced: attributes of a module and of those in it, containers and plain objects
-    in them, tensors that are no parameters, and generators of random numbers."""
+    """What a forward may change besides as it is traced: attributes of a module and of those in it, containers and plain
+    objects in them, and generators of random numbers."""
 
     def __init__(self, module: nn.Module):
         self.containers: dict[int, tuple] = {}  # id → it, its contents
-        self.tensors: dict[int, tuple] = {}  # id → it, its version, its values
         self.random: list[tuple] = []  # how to get a generator's state, how to set it, the state
         self._hold_random(random.getstate, random.setstate)
         self._hold_random(torch.get_rng_state, torch.set_rng_state)
@@ -903,13 +912,10 @@ class _Held:
 
     def _hold(self, value, objects: bool) -> None:
         """objects: whether to look into a plain object; not in one within another."""
-        if isinstance(value, (nn.Parameter, nn.Module, type)) or id(value) in self.containers:
+        if isinstance(value, (Tensor, nn.Module, type)) or id(value) in self.containers:
             return
         if isinstance(value, torch.Generator):
             self._hold_random(value.get_state, value.set_state)
-        elif isinstance(value, Tensor):
-            if not value.is_inference() and not nn.parameter.is_lazy(value):
-                self.tensors[id(value)] = value, value._version, value.detach().clone()
         elif isinstance(value, (dict, list, set, deque)):
             self.containers[id(value)] = value, self._contents(value)
             for v in value.values() if isinstance(value, dict) else value:
@@ -936,7 +942,7 @@ class _Held:
 
     def check(self) -> None:
         """Raises where something changed."""
-        if any(self._changed()) or any(t._version != version for t, version, _ in self.tensors.values()):
+        if any(self._changed()):
             raise _Untraceable("it changes its attributes, or makes a tensor of its own")
         if any(_comparable(get()) != _comparable(state) for get, _, state in self.random):
             raise _Untraceable("it draws random numbers")
@@ -945,9 +951,6 @@ class _Held:
         for container, contents in self._changed():
             container.clear()
             (container.update if isinstance(container, (dict, set)) else container.extend)(contents)
-        for t, version, values in self.tensors.values():
-            if t._version != version:
-                t.data.copy_(values)
         for _, set_, state in self.random:
             set_(state)
 

@@ -411,14 +411,14 @@ def asking_for_keywords(self, x, **options):
         (not_constant, "torch.fx: symbolically traced variables cannot be used as inputs to control flow"),
         (assigning, "torch.fx: it changes its attributes"),
         (appending, "torch.fx: it changes its attributes"),
-        (counting, "torch.fx: it changes its attributes"),
+        (counting, "torch.fx: it changes a tensor in place"),
         (counting_anew, "torch.fx: it changes its attributes"),
         (counting_in_a_dict, "torch.fx: it changes its attributes"),
-        (changing_a_tensor, "torch.fx: it changes its attributes"),
+        (changing_a_tensor, "torch.fx: it changes a tensor in place"),
         (assigning_to_a_child, "torch.fx: it changes its attributes"),
         (counting_in_an_object, "torch.fx: it changes its attributes"),
         (appending_in_an_object, "torch.fx: it changes its attributes"),
-        (counting_in_a_child, "torch.fx: it changes its attributes"),
+        (counting_in_a_child, "torch.fx: it changes a tensor in place"),
         (freezing_a_child, "torch.fx: it changes the mode of a child"),
         (asking_a_child, "torch.fx: it asks whether its children are in train mode"),
         (ordered, "torch.fx: it makes an object of OrderedDict"),
@@ -440,7 +440,7 @@ def test_calls_kept(body, reason, grad):
     """A forward that its trace would not repeat stays, and the report says why."""
     model = make_forward(body)
     kind, attributes = type(model), dict(vars(model))
-    table, buffers = copy.deepcopy(model.table), copy.deepcopy(dict(model.named_buffers()))
+    table, state = copy.deepcopy(model.table), copy.deepcopy(model.state_dict())
     children, generator = [dict(vars(m)) for m in model.children()], model.generator.get_state()
     with pytest.warns(UserWarning, match="nothing replaced"), torch.set_grad_enabled(grad):
         report = replace_activations(model)
@@ -448,7 +448,7 @@ def test_calls_kept(body, reason, grad):
     assert reason in kept.reason and not report.replaced
     assert type(model) is kind and vars(model) == attributes and model.values == []
     assert model.table == table
-    torch.testing.assert_close(dict(model.named_buffers()), buffers, rtol=0, atol=0)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
     assert [vars(m) for m in model.children()] == children and model.state == SimpleNamespace(calls=0, log=[])
     assert torch.equal(model.generator.get_state(), generator)
 
