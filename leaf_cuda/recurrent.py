@@ -48,8 +48,13 @@ LSTM_FORMS = {
 GRU_FORMS = {"reset_gate": "Sigmoid", "update_gate": "Sigmoid", "candidate": "Tanh"}
 
 
+@torch._dynamo.assume_constant_result  # Dynamo of torch 2.11 does not know the question
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def _autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 class Recurrent(nn.Module):

@@ -38,6 +38,9 @@ def _register_once() -> None:
 
         return register
 
+    def wanted(placements, mask):
+        return [placement if of_mask else None for placement, of_mask in zip(placements, mask)]
+
     def shardings(u, parameters):
         """(placement of u, those of the parameters, those of the parameters' gradients), each that is right. A gradient
         of a parameter that does not vary along the sharded dimension is a sum over the shards."""
@@ -57,15 +60,17 @@ def _register_once() -> None:
 
     @register_with_mask(_ops.leaf_backward)
     def backward(grad, u, *rest):
-        *parameters, _ = rest
-        return [([of_u, *of_dp], [of_u, of_u, *of_p, None]) for of_u, of_p, of_dp in shardings(u, parameters)]
+        *parameters, mask = rest
+        return [
+            (wanted([of_u, *of_dp], mask), [of_u, of_u, *of_p, None]) for of_u, of_p, of_dp in shardings(u, parameters)
+        ]
 
     @register_with_mask(_ops.leaf_double_backward)
     def double_backward(v, *rest):
-        directions, (_, u), parameters = rest[:4], rest[4:6], rest[6:10]
+        directions, (_, u), parameters, mask = rest[:4], rest[4:6], rest[6:10], rest[10]
         return [
             (
-                [of_u, of_u, *of_dp[:3], None],
+                wanted([of_u, of_u, *of_dp[:3], None], mask),
                 [v and of_u, *(d and place for d, place in zip(directions, of_p)), of_u, of_u, *of_p, None],
             )
             for of_u, of_p, of_dp in shardings(u, parameters)
@@ -82,8 +87,8 @@ def _register_once() -> None:
 
     @register_with_mask(_ops.leaf_glu_backward)
     def glu_backward(grad, a, b, *rest):
-        *parameters, _ = rest
+        *parameters, mask = rest
         return [
-            ([of_a, b and of_a, *of_dp], [of_a, of_a, b and of_a, *of_p, None])
+            (wanted([of_a, b and of_a, *of_dp], mask), [of_a, of_a, b and of_a, *of_p, None])
             for of_a, of_p, of_dp in glu_shardings(a, b, parameters)
         ]
