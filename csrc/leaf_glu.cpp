@@ -41,14 +41,14 @@ bool goes_by_lines(const Gate& gate) {
 }
 
 // A packed tensor of any layout as one whose halves go line by line.
-Tensor by_lines(const Tensor& a, const OptionalTensor& b) { return b || line_pitch(a) ? a : a.contiguous(); }
+Tensor with_lines(const Tensor& a, const OptionalTensor& b) { return b || line_pitch(a) ? a : a.contiguous(); }
 
 }  // namespace
 
 Tensor leaf_glu_forward(Run run, const Tensor& a, const OptionalTensor& b, const Tensor& p1, const OptionalTensor& p2,
                         const Tensor& p3, const OptionalTensor& p4) {
   const ParameterList parameters = {p1, p2, p3, p4};
-  const Gate gate = gate_of(by_lines(a, b), b);
+  const Gate gate = gate_of(with_lines(a, b), b);
   check_gate(gate, parameters);
   const bool lines = goes_by_lines(gate);
   Tensor source = gate.a;
@@ -66,7 +66,7 @@ SixTensors leaf_glu_backward(Run run, const Tensor& grad, const Tensor& a, const
                              std::array<bool, 6> mask) {
   const ParameterList parameters = {p1, p2, p3, p4};
   const std::array<bool, 4> wanted = {mask[2], mask[3], mask[4], mask[5]};
-  const Gate gate = gate_of(by_lines(a, b), b);
+  const Gate gate = gate_of(with_lines(a, b), b);
   check_gate(gate, parameters);
   check_like("leaf_glu_backward: grad", grad, "a", gate.a);
   const bool lines = goes_by_lines(gate);

@@ -3,7 +3,7 @@
 // An operation has `inputs` and `outputs` of u's shape, in[0] is u; `sets` of parameters, four each; and adds the
 // element's shares of `sums` gradients, those of the first sets' parameters, to sum[0], sum[1], ... Input k may be one
 // element for all where `repeatable` has bit k. Of a `pitched` one each operand may have a distance of its own from row
-// to row (Args::run); where it is `by_lines`, it always has one.
+// to row (Args::run); where it is `always_pitched`, it always has one.
 #pragma once
 
 #include "leaf_math.h"
@@ -50,7 +50,7 @@ struct Forward {
   static constexpr Operation operation = Operation::forward;
   static constexpr int inputs = 1, outputs = 1, sets = 1, sums = 0;
   static constexpr unsigned repeatable = 0;
-  static constexpr bool pitched = false, by_lines = false;
+  static constexpr bool pitched = false, always_pitched = false;
 
   template <class M, class T = typename M::T>
   static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T*) {
@@ -63,7 +63,7 @@ struct Backward {
   static constexpr Operation operation = Operation::backward;
   static constexpr int inputs = 2, outputs = 1, sets = 1, sums = 4;
   static constexpr unsigned repeatable = 0b10;
-  static constexpr bool pitched = false, by_lines = false;
+  static constexpr bool pitched = false, always_pitched = false;
 
   template <class M, class T = typename M::T>
   static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T* sum) {
@@ -76,7 +76,7 @@ struct DoubleBackward {
   static constexpr Operation operation = Operation::double_backward;
   static constexpr int inputs = 3, outputs = 2, sets = 2, sums = 3;
   static constexpr unsigned repeatable = 0b110;
-  static constexpr bool pitched = false, by_lines = false;
+  static constexpr bool pitched = false, always_pitched = false;
 
   template <class M, class T = typename M::T>
   static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T* sum) {
@@ -94,7 +94,7 @@ struct GluForward {
   static constexpr Operation operation = Operation::glu_forward;
   static constexpr int inputs = 2, outputs = 1, sets = 1, sums = 0;
   static constexpr unsigned repeatable = 0b10;
-  static constexpr bool pitched = true, by_lines = false;
+  static constexpr bool pitched = true, always_pitched = false;
 
   template <class M, class T = typename M::T>
   static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T*) {
@@ -107,7 +107,7 @@ struct GluBackward {
   static constexpr Operation operation = Operation::glu_backward;
   static constexpr int inputs = 3, outputs = 2, sets = 1, sums = 4;
   static constexpr unsigned repeatable = 0b110;
-  static constexpr bool pitched = true, by_lines = false;
+  static constexpr bool pitched = true, always_pitched = false;
 
   template <class M, class T = typename M::T>
   static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T* sum) {
@@ -124,7 +124,7 @@ struct LstmForward {
   static constexpr Operation operation = Operation::lstm_forward;
   static constexpr int inputs = 5, outputs = 2, sets = 5, sums = 0;
   static constexpr unsigned repeatable = 0;
-  static constexpr bool pitched = true, by_lines = true;
+  static constexpr bool pitched = true, always_pitched = true;
 
   template <class M, class T = typename M::T>
   static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T*) {
@@ -139,7 +139,7 @@ struct LstmBackward {
   static constexpr Operation operation = Operation::lstm_backward;
   static constexpr int inputs = 7, outputs = 5, sets = 5, sums = 20;
   static constexpr unsigned repeatable = 0;
-  static constexpr bool pitched = true, by_lines = true;
+  static constexpr bool pitched = true, always_pitched = true;
 
   template <class M, class T = typename M::T>
   static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T* sum) {
@@ -162,7 +162,7 @@ struct GruForward {
   static constexpr Operation operation = Operation::gru_forward;
   static constexpr int inputs = 5, outputs = 1, sets = 3, sums = 0;
   static constexpr unsigned repeatable = 0;
-  static constexpr bool pitched = true, by_lines = true;
+  static constexpr bool pitched = true, always_pitched = true;
 
   template <class M, class T = typename M::T>
   static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T*) {
@@ -177,7 +177,7 @@ struct GruBackward {
   static constexpr Operation operation = Operation::gru_backward;
   static constexpr int inputs = 6, outputs = 5, sets = 3, sums = 12;
   static constexpr unsigned repeatable = 0;
-  static constexpr bool pitched = true, by_lines = true;
+  static constexpr bool pitched = true, always_pitched = true;
 
   template <class M, class T = typename M::T>
   static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T* sum) {

@@ -34,7 +34,7 @@ constexpr int64_t kMinRowsPerChunk = 128;
 constexpr int64_t kTasks = 128;
 
 const InnerLoopsByOperation& loops_for(at::ScalarType dtype) {
-  static const InnerLoopsByType& table = [&]() -> const InnerLoopsByType& {
+  static const InnerLoopsByType& table = []() -> const InnerLoopsByType& {
     switch (cpu_capability()) {
 #if defined(__x86_64__)
       case CpuCapability::avx512:
@@ -116,9 +116,11 @@ void for_each_run(P* values, const ParameterMatrix& matrix, const ParameterStrid
       const int64_t left = across ? matrix.rows - index.row : matrix.columns - index.column;
       size = std::min((n - k + step - 1) / step, left);
       P* const run = values + strides.at(index);
-      if (across)
-        for (int64_t j = 0; j < size + kLine; j += kLine)
-          __builtin_prefetch(run + kAhead * strides.column + j * stride);
+      if (across) {
+        const auto ahead = reinterpret_cast<uintptr_t>(run) + kAhead * strides.column * sizeof(P);
+        for (int64_t j = 0; j < size + kLine; j += kLine)  // perhaps of no element: an address, no pointer
+          __builtin_prefetch(reinterpret_cast<const void*>(ahead + j * stride * sizeof(P)));
+      }
       f(k, size, step, run, stride);
       // A run ends before n at the end of its row, or column.
       index = across ? ParameterIndex{0, index.column} : ParameterIndex{(index.row + 1) % matrix.rows, 0};
@@ -336,7 +338,7 @@ void run_segments(const Args& a, const InnerLoops& loops, const Tensor& like) {
 // The most columns of a block. Where a recurrent step has too few rows to share, its columns are shared.
 template <class Op>
 int64_t most_columns(const Plan& plan) {
-  if (!Op::by_lines || plan.outer >= kMinRowsPerChunk) return kColumnBlock<Op>;
+  if (!Op::always_pitched || plan.outer >= kMinRowsPerChunk) return kColumnBlock<Op>;
   return std::clamp(kTaskElements<Op> / plan.outer / kColumnMultiple * kColumnMultiple, kMinColumns, kColumnBlock<Op>);
 }
 
@@ -386,7 +388,7 @@ void run(const Args& a, const Tensor& like) {
   const InnerLoops& loops = loops_for(a.dtype)[a.operation];
   dispatch_operation(a.operation, [&](auto operation) {
     using Op = decltype(operation);
-    if constexpr (!Op::by_lines)
+    if constexpr (!Op::always_pitched)
       if (a.plan.inner >= kMinSegment) {  // so it has no runs
         (a.dtype == at::kDouble ? run_segments<Op, double> : run_segments<Op, float>)(a, loops, like);
         return;

@@ -377,7 +377,7 @@ struct Typed {
 
 template <class Op, class S>
 constexpr leaf_cuda::cpu::InnerLoops loops() {
-  if constexpr (Op::by_lines)
+  if constexpr (Op::always_pitched)
     return {nullptr, Typed<Op, S>::run_columns};
   else
     return {Typed<Op, S>::run_segment, Typed<Op, S>::run_columns};

@@ -116,7 +116,7 @@ void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Op::sums, S
     for (int k = 0; k < Op::inputs; ++k) operands.in_pitch[k] = a.run ? a.in_pitch[k] : b.columns.columns.stride;
     for (int k = 0; k < Op::outputs; ++k) operands.out_pitch[k] = a.run ? a.out_pitch[k] : b.columns.columns.stride;
   }
-  if constexpr (!Op::by_lines)
+  if constexpr (!Op::always_pitched)
     if (b.by_rows) {
       const RowsLaunch& r = b.rows;
       launch(rows<Op, S, N, kUnroll<Op, S, N>>, dim3(r.grid), r.threads, Op::sums * (r.threads / kWarp) * sizeof(A), r,

@@ -1,0 +1,374 @@
+"""The calls of activations in a module's forward, by torch.fx; and whether its graph does what the forward does."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import dis
+import functools
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: The module of a function or Tensor method. Arguments behind the input are the constructor's, in its order.
+_MODULE_OF: dict[Callable | str, type[nn.Module]] = {
+    F.relu: nn.ReLU,
+    torch.relu: nn.ReLU,
+    "relu": nn.ReLU,
+    F.silu: nn.SiLU,
+    torch.tanh: nn.Tanh,
+    F.tanh: nn.Tanh,
+    "tanh": nn.Tanh,
+    torch.sigmoid: nn.Sigmoid,
+    torch.special.expit: nn.Sigmoid,
+    F.sigmoid: nn.Sigmoid,
+    "sigmoid": nn.Sigmoid,
+    F.gelu: nn.GELU,
+    F.hardswish: nn.Hardswish,
+    F.hardsigmoid: nn.Hardsigmoid,
+    F.celu: nn.CELU,
+    F.elu: nn.ELU,
+    F.hardtanh: nn.Hardtanh,
+    F.leaky_relu: nn.LeakyReLU,
+    F.logsigmoid: nn.LogSigmoid,
+    F.mish: nn.Mish,
+    F.relu6: nn.ReLU6,
+    F.selu: nn.SELU,
+    F.softplus: nn.Softplus,
+    F.softsign: nn.Softsign,
+}
+_IN_PLACE: dict[Callable | str, type[nn.Module]] = {
+    F.relu_: nn.ReLU,
+    torch.relu_: nn.ReLU,
+    "relu_": nn.ReLU,
+    torch.tanh_: nn.Tanh,
+    "tanh_": nn.Tanh,
+    torch.sigmoid_: nn.Sigmoid,
+    "sigmoid_": nn.Sigmoid,
+}
+
+
+def module_type(target) -> type[nn.Module] | None:
+    try:
+        return _MODULE_OF.get(target) or _IN_PLACE.get(target)
+    except TypeError:  # not hashable
+        return None
+
+
+def called_name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else node.target.__name__
+
+
+class _Untraceable(RuntimeError):
+    """The reason why a graph would not do what the forward does."""
+
+
+@contextlib.contextmanager
+def in_modes(modes: dict[nn.Module, bool]) -> Iterator[None]:
+    """Within, the modules are in these modes: train or not."""
+    before = {module: module.training for module in modes}
+    try:
+        for module, training in modes.items():
+            module.training = training
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+class _OneModule(fx.Tracer):
+    """Traces a module's own forward; its children are called, not looked into. Raises for what no graph holds."""
+
+    def __init__(self, given: Mapping):
+        super().__init__()
+        self.given = given
+        self.modes = _modes()
+
+    def create_arg(self, a):
+        kind = type(a)
+        named = hasattr(kind, "_fields") or kind.__module__.split(".")[0] in ("builtins", "torch")
+        if issubclass(kind, (dict, list, tuple)) and not named:
+            raise _Untraceable(f"it makes an object of {kind.__name__}, of which a graph keeps the base class only")
+        return super().create_arg(a)
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return True
+
+    def create_args_for_root(self, *args, **kwargs):
+        """The arguments named in `given` have their values there."""
+        function, values = super().create_args_for_root(*args, **kwargs)
+        return function, [self.given.get(v.node.target, v) if type(v) is fx.Proxy else v for v in values]
+
+    def create_node(self, *args, **kwargs) -> fx.Node:
+        if _modes() != self.modes:
+            raise _Untraceable("it changes the grad mode or autocast within")
+        frame = sys._getframe(1)
+        while frame.f_code is not _trace_once.__code__:
+            file = frame.f_globals.get("__name__", "")
+            if file == "torch.utils.checkpoint":
+                raise _Untraceable("it uses activation checkpointing")
+            if not file.startswith("torch.") and _has_with(frame.f_code):
+                raise _Untraceable("it has a with statement")
+            frame = frame.f_back
+        return super().create_node(*args, **kwargs)
+
+
+@functools.cache
+def _has_with(code: CodeType) -> bool:
+    enters = ("SETUP_WITH", "BEFORE_WITH", "LOAD_SPECIAL")  # of Python to 3.10, to 3.13, and from 3.14 on
+    return any(i.opname in enters for i in dis.get_instructions(code))
+
+
+def _modes() -> tuple:
+    devices = ("cpu", "cuda")
+    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+
+
+@contextlib.contextmanager
+def _refusing_type_checks() -> Iterator[None]:
+    """Within, isinstance and hasattr of a proxy, called outside torch, raise: a proxy is no Tensor and has every attribute,
+    so the answer would be wrong."""
+
+    def refusing(ask):
+        def asking(value, *what):
+            if issubclass(type(value), fx.Proxy) and not sys._getframe(1).f_globals.get("__name__", "").startswith(
+                "torch."
+            ):
+                raise _Untraceable("it asks for the type of an input")
+            return ask(value, *what)
+
+        return asking
+
+    with mock.patch.multiple(builtins, isinstance=refusing(isinstance), hasattr=refusing(hasattr)):
+        yield
+
+
+@contextlib.contextmanager
+def _mode(gradients: bool = True, inference: bool = False, autocast: bool = False) -> Iterator[None]:
+    before = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
+    with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+        try:
+            for device in before:
+                torch.set_autocast_enabled(device, autocast)
+            yield
+        finally:
+            for device, enabled in before.items():
+                torch.set_autocast_enabled(device, enabled)
+            torch.clear_autocast_cache()
+
+
+def trace(module: nn.Module, training: bool) -> fx.Graph:
+    """Raises where the graph would not do what the forward does at each call."""
+    held = _Held(module)
+    with _mode():
+        graph = _trace_once(module, held, training)
+    arguments = [node for node in graph.nodes if node.op == "placeholder"]
+    if any(node.target.startswith("**") and node.users for node in arguments):
+        raise _Untraceable("it looks into its keyword arguments")
+
+    def is_same(given: Mapping) -> bool:
+        with _mode():
+            return _steps(graph, given) == _steps(_trace_once(module, held, training, given=given), given)
+
+    default = {node.target: node.args[0] for node in arguments if node.args}
+    for given in _each_and_all(default):
+        if not is_same(given):
+            raise _Untraceable(f"it does other things without {' and '.join(sorted(given))}")
+    named = [node.target for node in arguments if not node.target.startswith("*")]
+    none = {name: None for name in named if default.get(name, ...) is not None}
+    turned = {name: not value for name, value in default.items() if isinstance(value, bool)}
+    but_the_input = {name: None for name in none if name != named[0]}
+    for given in (*_each_and_all(none), but_the_input, *_each_and_all(turned)):
+        try:
+            same = is_same(given)
+        except (_Untraceable, fx.proxy.TraceError):
+            same = False
+        except Exception:  # so would the call
+            continue
+        if not same:
+            with_ = " and ".join(f"{name}={value}" for name, value in sorted(given.items()))
+            raise _Untraceable(f"it does other things with {with_}")
+    for mode, where in (
+        ({"gradients": False}, "without gradients"),
+        ({"inference": True}, "in inference mode"),
+        ({"autocast": True}, "under autocast"),
+    ):
+        with _mode(**mode):
+            if _steps(graph) != _steps(_trace_once(module, held, training)):
+                raise _Untraceable(f"it does other things {where}")
+    with _mode():
+        if _steps(graph) != _steps(_trace_once(module, held, training, children_training=not training)):
+            raise _Untraceable("it asks whether its children are in train mode")
+    return graph
+
+
+def _each_and_all(values: dict) -> list[dict]:
+    return [{name: value} for name, value in values.items()] + [values] * (len(values) > 1)
+
+
+def _steps(graph: fx.Graph, given: Mapping | None = None) -> str:
+    """What two graphs of one forward are compared by; the placeholders named in `given` as their values there."""
+    given, names = given or {}, {}
+    for node in graph.nodes:
+        is_given = node.op == "placeholder" and node.target in given
+        names[node] = given[node.target] if is_given else f"%{len(names)}"
+    return repr(
+        [
+            (node.op, node.target, fx.node.map_arg((node.args, node.kwargs), names.__getitem__))
+            for node in names
+            if node.op != "placeholder"
+        ]
+    )
+
+
+def _trace_once(
+    module: nn.Module,
+    held: _Held,
+    training: bool,
+    children_training: bool | None = None,
+    given: Mapping | None = None,
+) -> fx.Graph:
+    if "forward" in vars(module):
+        raise _Untraceable("its forward is not its class's")
+    modes = dict.fromkeys(module.modules(), training if children_training is None else children_training)
+    modes[module] = training
+    try:
+        with in_modes(modes), _refusing_type_checks(), _RefusingChanges():
+            graph = _OneModule(given or {}).trace(module)
+            if any(m.training != mode for m, mode in modes.items()):
+                raise _Untraceable("it changes the mode of a child")
+        held.check()
+    finally:
+        held.restore()
+    return graph
+
+
+class _RefusingChanges(TorchDispatchMode):
+    """Within, no tensor is changed in place: the graph would not do it again."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.is_mutable:
+            raise _Untraceable("it changes a tensor in place")
+        return function(*args, **(kwargs or {}))
+
+
+class _Held:
+    """What a forward may change besides as it is traced: attributes of a module and of those in it, containers and plain
+    objects in them, and generators of random numbers."""
+
+    def __init__(self, module: nn.Module):
+        self.containers: dict[int, tuple] = {}  # id → it, its contents
+        self.random: list[tuple] = []  # how to get a generator's state, how to set it, the state
+        self._hold_random(random.getstate, random.setstate)
+        self._hold_random(torch.get_rng_state, torch.set_rng_state)
+        if numpy := sys.modules.get("numpy"):
+            self._hold_random(numpy.random.get_state, numpy.random.set_state)
+        for m in module.modules():
+            self._hold(vars(m), objects=True)
+
+    def _hold(self, value, objects: bool) -> None:
+        """objects: whether to look into a plain object; not in one within another."""
+        if isinstance(value, (Tensor, nn.Module, type)) or id(value) in self.containers:
+            return
+        if isinstance(value, torch.Generator):
+            self._hold_random(value.get_state, value.set_state)
+        elif isinstance(value, (dict, list, set, deque)):
+            self.containers[id(value)] = value, self._contents(value)
+            for v in value.values() if isinstance(value, dict) else value:
+                self._hold(v, objects)
+        elif isinstance(value, tuple):
+            for v in value:
+                self._hold(v, objects)
+        elif objects and type(value).__module__ != "builtins" and isinstance(getattr(value, "__dict__", None), dict):
+            self._hold(vars(value), objects=False)
+
+    @staticmethod
+    def _contents(container) -> list:
+        return list(container.items() if isinstance(container, dict) else container)
+
+    def _hold_random(self, get: Callable, set_: Callable) -> None:
+        self.random.append((get, set_, get()))
+
+    def _changed(self) -> Iterator[tuple]:
+        for container, contents in self.containers.values():
+            now = self._contents(container)
+            pairs = (zip(a, b) if isinstance(container, dict) else [(a, b)] for a, b in zip(now, contents))
+            if len(now) != len(contents) or not all(a is b for pair in pairs for a, b in pair):
+                yield container, contents
+
+    def check(self) -> None:
+        """Raises where something changed."""
+        if any(self._changed()):
+            raise _Untraceable("it changes its attributes, or makes a tensor of its own")
+        if any(_comparable(get()) != _comparable(state) for get, _, state in self.random):
+            raise _Untraceable("it draws random numbers")
+
+    def restore(self) -> None:
+        for container, contents in self._changed():
+            container.clear()
+            (container.update if isinstance(container, (dict, set)) else container.extend)(contents)
+        for _, set_, state in self.random:
+            set_(state)
+
+
+def _comparable(state):
+    """A generator's state, of which arrays cannot be compared by ==."""
+    if isinstance(state, dict):
+        return {k: _comparable(v) for k, v in state.items()}
+    if isinstance(state, tuple):
+        return tuple(map(_comparable, state))
+    return state.tolist() if hasattr(state, "tolist") else state
+
+
+def _input(node: fx.Node) -> fx.Node:
+    return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+
+
+def calls_of(graph: fx.Graph) -> dict[fx.Node, nn.Module | str]:
+    """The calls of activations and the module equal to each, or why none is."""
+    calls = {}
+    order = {node: k for k, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        kind = module_type(node.target) if node.op in ("call_function", "call_method") else None
+        if kind is None:
+            continue
+        kwargs = {k: v for k, v in node.kwargs.items() if k not in ("input", "self")}
+        arguments = node.args[1:] if node.args else ()
+        if any(isinstance(a, fx.Node) for a in (*arguments, *kwargs.values())):
+            calls[node] = "its arguments are computed"
+            continue
+        fixed = kind(*arguments, **kwargs)
+        in_place = getattr(fixed, "inplace", False) or node.target in _IN_PLACE
+        if in_place and (not node.users or any(order[user] > order[node] for user in _input(node).users)):
+            fixed = "it works in place, and what it changes is used again"
+        calls[node] = fixed
+    return calls
+
+
+def with_forward(module: nn.Module, graphs: list[fx.Graph], attributes: dict[str, str]) -> type[nn.Module]:
+    """The module's class with the graphs of train and eval mode for its forward, calls by `attributes` in them."""
+    forwards = []
+    for graph in graphs:
+        for node in list(graph.nodes):
+            if node.name in attributes:
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(graph.call_module(attributes[node.name], (_input(node),)))
+                graph.erase_node(node)
+        forwards.append(type(fx.GraphModule(module, graph)).forward)
+    in_training, in_eval = forwards
+
+    @functools.wraps(in_training)
+    def forward(self, *args, **kwargs):
+        return (in_training if self.training else in_eval)(self, *args, **kwargs)
+
+    cls = type(module)
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__})
