@@ -249,9 +249,10 @@ class _Place:
     options: dict
     inputs: list[tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=list)
 
-    @property
-    def function(self) -> bool:
-        return self.label.startswith("function ")
+    def check_call(self, args: tuple, kwargs: dict) -> None:
+        """What comes in its place takes the input alone."""
+        if len(args) + len(kwargs) != 1:
+            raise _Refused({self.name: "it is called with more than its input"})
 
 
 class _Conversion:
@@ -275,7 +276,7 @@ class _Conversion:
             self._find_functions(name, module)
             self._find_calls(name, module)
         self._try_traced()
-        self._observe()
+        self._outputs()
         self._replace()
         self.report.kept += [Kept(str(key), "rule", "it matches no activation") for key in self.unmatched]
         after = self._outputs()
@@ -317,9 +318,7 @@ class _Conversion:
                 self.undo.callback(setattr, module, attribute, function)
                 self.undo.callback(module._modules.pop, attribute, None)
                 delattr(module, attribute)
-                fixed = kind()
-                fixed.register_forward_pre_hook(_refusing_more_than_input(path), with_kwargs=True)
-                self._add(_Place(path, module, attribute, fixed, f"function {function.__name__}", options))
+                self._add(_Place(path, module, attribute, kind(), f"function {function.__name__}", options))
 
     def _find_calls(self, name: str, module: nn.Module) -> None:
         """Calls of functions and Tensor methods, in forwards that torch.fx can trace."""
@@ -338,9 +337,9 @@ class _Conversion:
             message = (str(error) or type(error).__name__).splitlines()[0]
             self.report.kept.append(Kept(name or "the model", "calls in its forward", f"torch.fx: {message}"))
             return
-        functions = {place.attribute: place.name for place in self.places if place.parent is module and place.function}
-        for node in (n for graph in graphs for n in graph.nodes if n.op == "call_module" and n.target in functions):
-            _refusing_more_than_input(functions[node.target])(None, node.args, node.kwargs)
+        own_places = {place.attribute: place for place in self.places if place.parent is module}
+        for node in (n for graph in graphs for n in graph.nodes if n.op == "call_module" and n.target in own_places):
+            own_places[node.target].check_call(node.args, node.kwargs)
         found = [calls_of(graph) for graph in graphs]
         accepted = {}
         for node, fixed in found[0].items():
@@ -440,6 +439,8 @@ class _Conversion:
         def as_expected() -> bool:
             try:
                 return _are_near(expected, self._outputs())
+            except _Refused:
+                raise
             except Exception:  # whatever the model's own code raises
                 return False
 
@@ -461,24 +462,26 @@ class _Conversion:
     # What the activations are called with.
 
     def _outputs(self) -> list | None:
+        """The model's, for example_inputs; each place sees its inputs on the way."""
         if self.inputs is None:
             return None
-        with in_modes(dict.fromkeys(self.model.modules(), False)), torch.random.fork_rng(), torch.no_grad():
+        with contextlib.ExitStack() as contexts:
+            for place in self.places:
+                place.inputs = []
+
+                def hook(module, args, kwargs, place=place):
+                    place.check_call(args, kwargs)
+                    u = (*args, *kwargs.values())[0]
+                    place.inputs.append((u.shape, u.dtype, u.device))
+
+                contexts.enter_context(_removing(place.old.register_forward_pre_hook(hook, with_kwargs=True)))
+            contexts.enter_context(in_modes(dict.fromkeys(self.model.modules(), False)))
+            contexts.enter_context(torch.random.fork_rng())
+            contexts.enter_context(torch.no_grad())
             torch.manual_seed(0)
             keywords = isinstance(self.inputs, Mapping)
             result = self.model(**self.inputs) if keywords else self.model(*self.inputs)
             return [_values(x) for x in tree_leaves(result) if isinstance(x, Tensor)]
-
-    def _observe(self) -> None:
-        with contextlib.ExitStack() as hooks:
-            for place in self.places:
-
-                def hook(module, args, kwargs, place=place):
-                    u = (*args, *kwargs.values())[0]
-                    place.inputs.append((u.shape, u.dtype, u.device))
-
-                hooks.enter_context(_removing(place.old.register_forward_pre_hook(hook, with_kwargs=True)))
-            self._outputs()
 
     # What comes in their place.
 
@@ -546,16 +549,6 @@ class _Refused(Exception):
     def __init__(self, reasons: dict[str, str]):
         super().__init__(reasons)
         self.reasons = reasons
-
-
-def _refusing_more_than_input(name: str):
-    """A forward pre-hook of the module that stands for a function: its call may have had more arguments."""
-
-    def hook(module, args, kwargs):
-        if len(args) + len(kwargs) != 1:
-            raise _Refused({name: "it is called with more than its input"})
-
-    return hook
 
 
 def _join(name: str, attribute: str) -> str:
