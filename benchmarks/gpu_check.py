@@ -64,20 +64,19 @@ class Run:
             return False
         print(f"gpu-check: {name} ...", flush=True)
         begin = time.monotonic()
-        processes = []
-        for command, log in zip(commands, self.logs(name, len(commands)), strict=True):
-            with log.open("w") as out:
-                process = subprocess.Popen(
-                    command,
-                    cwd=ROOT,
-                    env={**self.environment, **environment},
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            processes.append((process, log.name))
-        outcomes = []
+        processes, outcomes = [], []
         try:
+            for command, log in zip(commands, self.logs(name, len(commands)), strict=True):
+                with log.open("w") as out:
+                    process = subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        env={**self.environment, **environment},
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                processes.append((process, log.name))
             for process, log in processes:
                 try:
                     if code := process.wait(max(0, begin + seconds - time.monotonic())):
@@ -125,6 +124,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the quick benchmark")
     options = parser.parse_args()
 
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what was started is ended, too
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     device = gpu_name()
     if device is None:
         print("gpu-check: no NVIDIA GPU here (nvidia-smi lists none); nothing was run")

@@ -62,9 +62,9 @@ def main() -> None:
     for folder in filter(Path.is_dir, RESULTS.iterdir()):
         paths = [*folder.glob("full.json"), *sorted(folder.glob("sweep*.json"))]
         rows[folder] = [row for path in paths for row in read(path, "rows")[0]]
-    readme.write_text(text)
     for folder, of_folder in rows.items():
         plots.write(of_folder, folder)
+    readme.write_text(text)
 
 
 if __name__ == "__main__":

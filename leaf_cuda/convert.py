@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from .modules import AHAF, LEAF, LearnableActivation, size_of
 from .optim import split_activation_parameters
 from .recurrent import Recurrent
-from .tracing import called_name, calls_of, in_modes, module_type, trace, with_forward
+from .tracing import called_name, calls_of, modes_of, module_type, set_modes, trace, with_forward
 
 #: The form (``init_as``) that stands for a fixed activation. The first four equal it; the others come near it: what is
 #: left is in the report. 1.05 and 0.94 make the largest difference the smallest.
@@ -249,16 +249,13 @@ class _Place:
     options: dict
     inputs: list[tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=list)
 
-    def check_call(self, args: tuple, kwargs: dict) -> None:
-        """What comes in its place takes the input alone."""
-        if len(args) + len(kwargs) != 1:
-            raise _Refused({self.name: "it is called with more than its input"})
-
 
 class _Conversion:
     def __init__(self, model, defaults, rules, inputs, refused: dict[str, str], undo: contextlib.ExitStack):
         self.model, self.defaults, self.rules, self.inputs = model, defaults, rules, inputs
         self.refused, self.undo = refused, undo
+        self.refused_now: dict[str, str] = {}
+        self.module_calls: list[tuple[str, tuple, dict]] = []  # of traced forwards: whom, with what
         self.report = Report()
         self.unmatched = dict.fromkeys(rules)
         self.activations = (*FORM_OF, *_WITHOUT_FORM, AHAF, *(key for key in rules if isinstance(key, type)))
@@ -275,6 +272,11 @@ class _Conversion:
             self._find_children(name, module)
             self._find_functions(name, module)
             self._find_calls(name, module)
+        places = {place.name: place for place in self.places}
+        for called, args, kwargs in self.module_calls:
+            if called in places:
+                self._check_call(places[called], args, kwargs, traced=True)
+        self._raise_refused()
         self._try_traced()
         self._outputs()
         self._replace()
@@ -337,9 +339,8 @@ class _Conversion:
             message = (str(error) or type(error).__name__).splitlines()[0]
             self.report.kept.append(Kept(name or "the model", "calls in its forward", f"torch.fx: {message}"))
             return
-        own_places = {place.attribute: place for place in self.places if place.parent is module}
-        for node in (n for graph in graphs for n in graph.nodes if n.op == "call_module" and n.target in own_places):
-            own_places[node.target].check_call(node.args, node.kwargs)
+        for node in (n for graph in graphs for n in graph.nodes if n.op == "call_module"):
+            self.module_calls.append((_join(name, node.target), node.args, node.kwargs))
         found = [calls_of(graph) for graph in graphs]
         accepted = {}
         for node, fixed in found[0].items():
@@ -366,9 +367,8 @@ class _Conversion:
         try:
             traced = with_forward(module, graphs, {node: place.attribute for node, place in accepted.items()})
         except Exception as error:  # whatever the class makes of a subclass
-            raise _Refused(
-                {place.name: f"its class takes no subclass: {error}" for place in accepted.values()}
-            ) from None
+            self.refused_now |= {place.name: f"its class takes no subclass: {error}" for place in accepted.values()}
+            return
         self.places += accepted.values()
         self.undo.callback(setattr, module, "__class__", cls)
         self.traced.append(_Traced(name, module, cls, traced, calls))
@@ -386,7 +386,8 @@ class _Conversion:
         if rule is None:
             return self._keep(path, fixed, f"rules[{key!r}] is None")
         if path in self.refused:
-            return self._keep(path, fixed, self.refused[path])
+            reason = self.refused[path]
+            return self._keep(path, fixed, reason) if reason else None
         options = {"init_as": FORM_OF.get(kind), **self.defaults, **rule}
         if isinstance(fixed, AHAF):
             if options["kind"] is not LEAF:
@@ -400,6 +401,16 @@ class _Conversion:
         except ValueError as error:
             return self._keep(path, fixed, str(error))
         return options
+
+    def _check_call(self, place: _Place, args: tuple, kwargs: dict, traced: bool = False) -> None:
+        """What comes in its place takes the input alone. Where a trace shows a function's call, that is a place itself."""
+        if len(args) != 1 or kwargs:
+            is_place = traced and place.label.startswith("function ")
+            self.refused_now[place.name] = "" if is_place else "it is called with more than its input, or by keyword"
+
+    def _raise_refused(self) -> None:
+        if self.refused_now:
+            raise _Refused(self.refused_now)
 
     def _keep(self, path: str, fixed: nn.Module, reason: str) -> None:
         self.report.kept.append(Kept(path, repr(fixed), reason))
@@ -470,37 +481,39 @@ class _Conversion:
                 place.inputs = []
 
                 def hook(module, args, kwargs, place=place):
-                    place.check_call(args, kwargs)
+                    self._check_call(place, args, kwargs)
                     u = (*args, *kwargs.values())[0]
                     place.inputs.append((u.shape, u.dtype, u.device))
 
                 contexts.enter_context(_removing(place.old.register_forward_pre_hook(hook, with_kwargs=True)))
-            contexts.enter_context(in_modes(dict.fromkeys(self.model.modules(), False)))
+            contexts.enter_context(_evaluating(self.model))
+            contexts.enter_context(torch.compiler.set_stance("force_eager"))  # compiled calls pass hooks by
             contexts.enter_context(torch.random.fork_rng())
             contexts.enter_context(torch.no_grad())
             torch.manual_seed(0)
             keywords = isinstance(self.inputs, Mapping)
-            result = self.model(**self.inputs) if keywords else self.model(*self.inputs)
+            try:
+                result = self.model(**self.inputs) if keywords else self.model(*self.inputs)
+            finally:
+                self._raise_refused()
             return [_values(x) for x in tree_leaves(result) if isinstance(x, Tensor)]
 
     # What comes in their place.
 
     def _replace(self) -> None:
         shared: dict[nn.Module, LearnableActivation] = {}
-        refused = {}
         for place in self.places:
             try:
                 new = shared[place.old] if place.old in shared else self._new(place)
             except _KeptFor as reason:
-                refused[place.name] = str(reason)
+                self.refused_now[place.name] = str(reason)
                 continue
             shared[place.old] = new
             self._set(place, new)
             difference = _form_difference(place.old, new)
             called = None if self.inputs is None else bool(place.inputs)
             self.report.replaced.append(Replaced(place.name, place.label, repr(new), difference, called))
-        if refused:
-            raise _Refused(refused)
+        self._raise_refused()
 
     def _new(self, place: _Place) -> LearnableActivation:
         if isinstance(place.old, AHAF):
@@ -602,7 +615,7 @@ def _values(t: Tensor) -> Tensor:
     if t.is_nested:
         t = t.to_padded_tensor(0.0)
     t = t.dequantize() if t.is_quantized else t.to_dense() if t.layout != torch.strided else t
-    return (torch.view_as_real(t) if t.is_complex() else t).clone()
+    return (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).clone()
 
 
 def _difference(before: list[Tensor], after: list[Tensor]) -> float | None:
@@ -625,6 +638,18 @@ def _are_near(a: list[Tensor], b: list[Tensor]) -> bool:
             if not _difference([x], [y]) <= 1e-3 * largest:
                 return False
     return True
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, as the classes make it, and back."""
+    before = modes_of(model)
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(before.get(model, False))
+        set_modes(before)  # not each module had the model's
 
 
 @contextlib.contextmanager

@@ -213,7 +213,9 @@ class DoubleStageTuner:
 
     def _stage(self, closure: Callable[[], Tensor], *optimizers: Optimizer) -> Tensor:
         for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
+            for p in _parameters(optimizer):  # which it may have set to 0
+                p.grad = None
         torch.clear_autocast_cache()  # of an autocast around this call: casts of parameters before their last step
         with torch.enable_grad():
             loss = closure()

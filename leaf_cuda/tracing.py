@@ -8,7 +8,7 @@ import dis
 import functools
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType
 from unittest import mock
@@ -71,16 +71,14 @@ class _Untraceable(RuntimeError):
     """The reason why a graph would not do what the forward does."""
 
 
-@contextlib.contextmanager
-def in_modes(modes: dict[nn.Module, bool]) -> Iterator[None]:
-    """Within, the modules are in these modes: train or not."""
-    before = {module: module.training for module in modes}
-    try:
-        for module, training in modes.items():
-            module.training = training
-        yield
-    finally:
-        for module, training in before.items():
+def modes_of(module: nn.Module) -> dict[nn.Module, bool]:
+    """Whether each module in it is in train mode; of those that have one: a frozen script has not."""
+    return {m: m.training for m in module.modules() if hasattr(m, "training")}
+
+
+def set_modes(modes: dict[nn.Module, bool]) -> None:
+    for module, training in modes.items():
+        with contextlib.suppress(AttributeError):  # of a class that says what its mode is
             module.training = training
 
 
@@ -91,6 +89,14 @@ class _OneModule(fx.Tracer):
         super().__init__()
         self.given = given
         self.modes = _modes()
+        self.called = None  # the child that is called
+
+    def call_module(self, m, *args, **kwargs):
+        self.called = m
+        try:
+            return super().call_module(m, *args, **kwargs)
+        finally:
+            self.called = None
 
     def create_arg(self, a):
         kind = type(a)
@@ -115,7 +121,8 @@ class _OneModule(fx.Tracer):
             file = frame.f_globals.get("__name__", "")
             if file == "torch.utils.checkpoint":
                 raise _Untraceable("it uses activation checkpointing")
-            if not file.startswith("torch.") and _has_with(frame.f_code):
+            in_child = self.called is not None and frame.f_locals.get("self") is self.called  # it is called again
+            if not (in_child or file.startswith("torch.")) and _has_with(frame.f_code):
                 raise _Untraceable("it has a with statement")
             frame = frame.f_back
         return super().create_node(*args, **kwargs)
@@ -239,15 +246,18 @@ def _trace_once(
 ) -> fx.Graph:
     if "forward" in vars(module):
         raise _Untraceable("its forward is not its class's")
-    modes = dict.fromkeys(module.modules(), training if children_training is None else children_training)
-    modes[module] = training
+    before = modes_of(module)
+    set_modes(dict.fromkeys(before, training if children_training is None else children_training) | {module: training})
+    modes = modes_of(module)
     try:
-        with in_modes(modes), _refusing_type_checks(), _RefusingChanges():
+        with _refusing_type_checks(), _RefusingChanges():
             graph = _OneModule(given or {}).trace(module)
-            if any(m.training != mode for m, mode in modes.items()):
-                raise _Untraceable("it changes the mode of a child")
+        if modes_of(module) != modes:
+            raise _Untraceable("it changes the mode of a child")
+        set_modes(before)
         held.check()
     finally:
+        set_modes(before)
         held.restore()
     return graph
 
@@ -259,6 +269,10 @@ class _RefusingChanges(TorchDispatchMode):
         if function._schema.is_mutable:
             raise _Untraceable("it changes a tensor in place")
         return function(*args, **(kwargs or {}))
+
+
+#: What a forward may fill; a base before what derives from it would serve for that, too.
+_CONTAINERS = (OrderedDict, dict, list, set, deque)
 
 
 class _Held:
@@ -281,19 +295,41 @@ class _Held:
             return
         if isinstance(value, torch.Generator):
             self._hold_random(value.get_state, value.set_state)
-        elif isinstance(value, (dict, list, set, deque)):
-            self.containers[id(value)] = value, self._contents(value)
-            for v in value.values() if isinstance(value, dict) else value:
-                self._hold(v, objects)
+        elif isinstance(value, random.Random):
+            self._hold_random(value.getstate, value.setstate)
+        elif hasattr(value, "bit_generator"):  # numpy's
+            bits = value.bit_generator
+            self._hold_random(lambda: bits.state, lambda state: setattr(bits, "state", state))
+        elif isinstance(value, _CONTAINERS):
+            contents = self._contents(value)
+            self.containers[id(value)] = value, contents
+            for v in contents:
+                self._hold(v[1] if isinstance(value, dict) else v, objects)
         elif isinstance(value, tuple):
             for v in value:
                 self._hold(v, objects)
-        elif objects and type(value).__module__ != "builtins" and isinstance(getattr(value, "__dict__", None), dict):
+        elif (
+            objects
+            and type(value).__module__ not in ("builtins", "logging")
+            and isinstance(getattr(value, "__dict__", None), dict)
+        ):
             self._hold(vars(value), objects=False)
 
+    # Of subclasses, too, by the methods of the base: a class's own may do other things.
     @staticmethod
     def _contents(container) -> list:
-        return list(container.items() if isinstance(container, dict) else container)
+        base = next(kind for kind in _CONTAINERS if isinstance(container, kind))
+        return list(base.items(container) if issubclass(base, dict) else base.__iter__(container))
+
+    @staticmethod
+    def _refill(container, contents: list) -> None:
+        base = next(kind for kind in _CONTAINERS if isinstance(container, kind))
+        base.clear(container)
+        if issubclass(base, dict):
+            for key, value in contents:
+                base.__setitem__(container, key, value)
+        else:
+            (base.update if base is set else base.extend)(container, contents)
 
     def _hold_random(self, get: Callable, set_: Callable) -> None:
         self.random.append((get, set_, get()))
@@ -313,11 +349,10 @@ class _Held:
             raise _Untraceable("it draws random numbers")
 
     def restore(self) -> None:
-        for container, contents in self._changed():
-            container.clear()
-            (container.update if isinstance(container, (dict, set)) else container.extend)(contents)
         for _, set_, state in self.random:
             set_(state)
+        for container, contents in self._changed():
+            self._refill(container, contents)
 
 
 def _comparable(state):

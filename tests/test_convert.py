@@ -33,7 +33,8 @@ def make_forward(body):
             self.table = {"calls": 0, "mean": torch.ones(())}
             self.register_buffer("steps", torch.zeros(()))
             self.norm = nn.BatchNorm1d(6)
-            self.state = SimpleNamespace(calls=0, log=[])
+            self.state = SimpleNamespace(calls=0, log=[], seen=collections.Counter(calls=5))
+            self.python, self.numpy = random.Random(0), numpy.random.default_rng(0)
             self.generator = torch.Generator()
 
         def forward(self, x):
@@ -260,6 +261,11 @@ def counting_in_an_object(self, x):
     return F.relu(x)
 
 
+def counting_in_a_counter(self, x):
+    self.state.seen["calls"] += 1
+    return F.relu(x)
+
+
 def appending_in_an_object(self, x):
     self.state.log.append(x)
     return F.relu(x)
@@ -322,6 +328,14 @@ def numpy_random(self, x):
 
 def random_of_its_own(self, x):
     return F.relu(x) if torch.rand((), generator=self.generator) < 2 else x
+
+
+def python_random_of_its_own(self, x):
+    return F.relu(x) if self.python.random() < 2 else x
+
+
+def numpy_random_of_its_own(self, x):
+    return F.relu(x) if self.numpy.random() < 2 else x
 
 
 def other_in_training(self, x):
@@ -417,6 +431,7 @@ def asking_for_keywords(self, x, **options):
         (changing_a_tensor, "torch.fx: it changes a tensor in place"),
         (assigning_to_a_child, "torch.fx: it changes its attributes"),
         (counting_in_an_object, "torch.fx: it changes its attributes"),
+        (counting_in_a_counter, "torch.fx: it changes its attributes"),
         (appending_in_an_object, "torch.fx: it changes its attributes"),
         (counting_in_a_child, "torch.fx: it changes a tensor in place"),
         (freezing_a_child, "torch.fx: it changes the mode of a child"),
@@ -431,6 +446,8 @@ def asking_for_keywords(self, x, **options):
         (torch_random, "torch.fx: it draws random numbers"),
         (numpy_random, "torch.fx: it draws random numbers"),
         (random_of_its_own, "torch.fx: it draws random numbers"),
+        (python_random_of_its_own, "torch.fx: it draws random numbers"),
+        (numpy_random_of_its_own, "torch.fx: it draws random numbers"),
         (other_in_training, "other activations in train than in eval mode"),
         (computed_argument, "its arguments are computed"),
     ],
@@ -449,7 +466,8 @@ def test_calls_kept(body, reason, grad):
     assert type(model) is kind and vars(model) == attributes and model.values == []
     assert model.table == table
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
-    assert [vars(m) for m in model.children()] == children and model.state == SimpleNamespace(calls=0, log=[])
+    assert [vars(m) for m in model.children()] == children
+    assert model.state == SimpleNamespace(calls=0, log=[], seen={"calls": 5})
     assert torch.equal(model.generator.get_state(), generator)
 
 
@@ -494,67 +512,85 @@ def test_function_with_more_arguments(inputs, traceable):
         return
     with contextlib.nullcontext() if traceable else pytest.warns(UserWarning, match="nothing replaced"):
         report = replace_activations(model, example_inputs=inputs)
-    assert ("act", "it is called with more than its input") in [(k.name, k.reason) for k in report.kept]
+    reason = "it is called with more than its input, or by keyword"
+    assert (("act", reason) in [(k.name, k.reason) for k in report.kept]) == (not traceable)
     assert model.act is F.relu and [r.name for r in report.replaced] == ["relu"] * traceable
     torch.testing.assert_close(model(X), F.relu(model.fc1(X)))
 
 
-@pytest.mark.parametrize("grad", [True, False])
-def test_optional_arguments(grad):
-    """A forward that only hands an optional argument on is traced with its default; one that asks for it is kept."""
-
-    class Attention(nn.Module):
-        def forward(self, x, mask=None, scale=None, *, dropout=0.0):
-            x = F.silu(x)
-            return F.scaled_dot_product_attention(x, x, x, mask, dropout, scale=scale)
-
-    class Asking(Attention):
-        def forward(self, x, mask=None, scale=None):
-            if mask is None and scale is None:
-                mask = x @ x.mT
-            return super().forward(x, mask, scale)
-
-    x = X[None]
-    mask = torch.ones(10, 10).tril().log()
-    model, original = Attention(), Attention()
-    with torch.set_grad_enabled(grad):
-        assert replace_activations(model).replaced
-    for arguments in ({}, {"mask": mask}, {"mask": mask, "scale": 2.0}):
-        torch.testing.assert_close(model(x, **arguments), original(x, **arguments))
-    with pytest.warns(UserWarning, match="nothing replaced"):
-        (kept,) = replace_activations(Asking()).kept
-    assert "torch.fx: it does other things without mask and scale" in kept.reason
+class Scaled(nn.Module):
+    def forward(self, x, scale=1.0):
+        return F.silu(x) * scale
 
 
+@pytest.mark.parametrize("inputs, compiled", [(None, False), (X, False), (X, True)])
 @pytest.mark.parametrize(
-    "body, reason",
+    "body",
     [
-        (asking_for_a_required_argument, "it does other things with mask=None"),
-        (asking_for_none_in_place_of_a_default, "it does other things with scale=None"),
-        (asking_for_true, "it does other things with twice=True"),
-        (asking_for_two, "it does other things with bias=None and mask=None"),
-        (asking_for_keywords, "it looks into its keyword arguments"),
+        lambda self, x: self.acts[0](self.fc1(x), 2.0),
+        lambda self, x: self.acts[0](x=self.fc1(x)),
+        lambda self, x: self.acts[1].act(self.fc1(x), scale=2.0),
     ],
 )
-def test_arguments_asked_for(body, reason):
-    module = type("Asking", (nn.Module,), {"forward": body})()
-    with pytest.warns(UserWarning, match="nothing replaced"):
-        (kept,) = replace_activations(module).kept
-    assert kept.reason == f"torch.fx: {reason}"
+def test_module_with_more_arguments(body, inputs, compiled):
+    """Wherever in the module it is; all such places are found at once."""
+    runs = []
+
+    def forward(self, x):
+        return body(self, x)
+
+    model = make_forward(forward)
+    model.acts = nn.ModuleList([Scaled(), nn.Module()])
+    model.acts[1].act = Scaled()
+    whole = nn.Sequential(*(copy.deepcopy(model) for _ in range(3)), nn.ReLU())
+    if compiled:
+        whole[0].compile(backend="eager")
+    whole.register_forward_hook(lambda *args: runs.append(1))
+    expected = whole(X)
+    report = replace_activations(whole, rules={Scaled: "SiLU"}, example_inputs=inputs)
+    kept = {k.name for k in report.kept if k.reason == "it is called with more than its input, or by keyword"}
+    assert len(kept) == 3 and "3" in [r.name for r in report.replaced]
+    assert len(runs) <= 8
+    torch.testing.assert_close(whole(X), expected)
 
 
-def test_arguments_that_take_no_none():
-    """A call that fails with None for an argument is none to be kept for."""
+def test_child_with_a_with_statement():
+    """It is called again, by the graph too."""
 
-    class Masked(nn.Module):
-        def forward(self, x, mask, *, causal=False):
-            return F.scaled_dot_product_attention(F.relu(x + 1), x, x * mask, is_causal=causal)
+    class Timed(nn.Linear):
+        def __call__(self, x):
+            with contextlib.nullcontext():
+                return super().__call__(x)
 
-    model, original = Masked(), Masked()
-    assert replace_activations(model).replaced
-    for causal in (False, True):
-        given = X[None], torch.ones(X.shape[-1])
-        torch.testing.assert_close(model(*given, causal=causal), original(*given, causal=causal))
+    model = make_forward(lambda self, x: F.relu(self.timed(x)))
+    model.timed = Timed(6, 6)
+    assert [r.name for r in replace_activations(model, example_inputs=X).replaced] == ["relu"]
+
+
+def test_modes():
+    """Children with a mode of their own, or none; classes that prepare for eval mode."""
+
+    class Frozen(nn.BatchNorm1d):
+        training = property(lambda self: False, lambda self, value: None)
+
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fused = None
+
+        def train(self, mode=True):
+            self.fused = None if mode else 1.0
+            return super().train(mode)
+
+        def forward(self, x):
+            return x if self.training else x * self.fused
+
+    model = make_forward(lambda self, x: F.relu(self.fused(self.frozen(self.script(x)))))
+    model.frozen, model.fused = Frozen(6), Fused()
+    model.script = torch.jit.freeze(torch.jit.script(nn.Linear(6, 6)).eval())
+    report = replace_activations(model, example_inputs=X)
+    assert [r.name for r in report.replaced] == ["relu"]
+    assert model.training and model.fused.fused is None
 
 
 def test_trace_that_example_inputs_refute():
@@ -951,7 +987,9 @@ def test_differences_that_are_no_number():
     assert replace_activations(Wrapping(nn.ReLU()), example_inputs=X).output_difference is None
 
 
-@pytest.mark.parametrize("of", [Tensor.to_sparse, torch.fft.fft, lambda y: torch.nested.as_nested_tensor(list(y))])
+@pytest.mark.parametrize(
+    "of", [Tensor.to_sparse, lambda y: torch.fft.fft(y).conj(), lambda y: torch.nested.as_nested_tensor(list(y))]
+)
 def test_differences_of_other_tensors(of):
     """Sparse, complex (of which the imaginary part counts), nested."""
 

@@ -326,7 +326,7 @@ def test_compiled_closure():
     for _ in range(4):
         tuner.step(lambda: compiled(x).square().mean())
         own_tuner.step(lambda: own(x).square().mean())
-    assert frames.frame_count <= 2
+    assert 1 <= frames.frame_count <= 2
     assert_models_equal(model, own)
 
 
