@@ -40,6 +40,11 @@ MUTATIONS = {
     "steps too long": (PLANNER, "r.splits * r.threads / r.vectors;", "r.splits * r.threads / r.vectors + 1;"),
     "workspace too small": (PLANNER, "whole ? 0 : parts * sums * count", "whole ? 0 : parts * 3 * count"),
     "one share of the rows where there are no sums": (LAUNCH, "b.sums_wanted ? Op::sums : 0;", "kSums<Op>;"),
+    "shares for sums where there are none": (
+        PLANNER,
+        "sums ? ceil_div(steps, kMaxSerialSum) : 1",
+        "ceil_div(steps, 64)",
+    ),
     "long sums over rows": (PLANNER, "ceil_div(steps, kMaxSerialSum)", "ceil_div(steps, 1000 * kMaxSerialSum)"),
     "long sums over columns": (PLANNER, "c.ty * kMaxSerialSum)", "c.ty * 1000 * kMaxSerialSum)"),
     "unaligned rows taken as aligned": (PLANNER, "= plan.inner % vector == 0 &&", "= plan.inner > 0 &&"),

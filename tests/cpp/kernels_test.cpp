@@ -667,6 +667,19 @@ void plans_of_a_large_device() {
         }
         at_most(ceil_div(b.sums.parts, b.finish.ky), 32, "partial sums");
       }
+  // Without sums nothing but the device bounds the shares: its blocks are filled once or a few times.
+  for (const Plan& plan : {Plan{1, 1, 1 << 28}, Plan{1 << 15, 4096, 1}})
+    for (c10::ScalarType dtype : {c10::ScalarType::Float, c10::ScalarType::BFloat16}) {
+      Args a{};
+      a.operation = Operation::forward;
+      a.dtype = dtype;
+      a.plan = plan;
+      a.in_stride[0] = 1;
+      const LaunchPlan b = plan_launch(a, multiprocessors);
+      const int64_t blocks = b.by_rows ? b.rows.grid : b.columns.tiles * b.columns.splits;
+      const int64_t left = (blocks + multiprocessors / 8) % multiprocessors;
+      check(left <= multiprocessors / 4, std::to_string(plan.outer) + " " + std::to_string(blocks) + " blocks forward");
+    }
   // As many columns as the device has threads need no second kernel, nor do few of anything.
   for (const Plan& plan : {Plan{64, 65536, 1}, Plan{256, 65536, 1}, Plan{16, 64, 1}, Plan{16, 5, 1}, Plan{1, 1, 1000}})
     for (c10::ScalarType dtype : {c10::ScalarType::Float, c10::ScalarType::BFloat16}) {
