@@ -1,5 +1,4 @@
 // Gradients, gradients of gradients, and tangents of the operators.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "leaf_checks.h"
@@ -8,26 +7,9 @@
 namespace leaf_cuda {
 namespace {
 
-Tensor call_forward(const Tensor& u, const Tensor& p1, const OptionalTensor& p2, const Tensor& p3,
-                    const OptionalTensor& p4) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kForward, "").typed<decltype(call_forward)>();
-  return op.call(u, p1, p2, p3, p4);
-}
-
-FiveTensors call_backward(const Tensor& grad, const Tensor& u, const Tensor& p1, const OptionalTensor& p2,
-                          const Tensor& p3, const OptionalTensor& p4, std::array<bool, 5> mask) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kBackward, "").typed<decltype(call_backward)>();
-  return op.call(grad, u, p1, p2, p3, p4, mask);
-}
-
-SixTensors call_double_backward(const OptionalTensor& v, const OptionalTensor& v1, const OptionalTensor& v2,
-                                const OptionalTensor& v3, const OptionalTensor& v4, const Tensor& grad, const Tensor& u,
-                                const Tensor& p1, const OptionalTensor& p2, const Tensor& p3, const OptionalTensor& p4,
-                                std::array<bool, 6> mask) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow(kDoubleBackward, "").typed<decltype(call_double_backward)>();
-  return op.call(v, v1, v2, v3, v4, grad, u, p1, p2, p3, p4, mask);
-}
+constexpr Dispatched<leaf_forward> call_forward{kForward};
+constexpr Dispatched<leaf_backward> call_backward{kBackward};
+constexpr Dispatched<leaf_double_backward> call_double_backward{kDoubleBackward};
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;

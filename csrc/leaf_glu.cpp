@@ -1,5 +1,4 @@
 // The gated unit y = leaf(a)·b: operators, and their gradients.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -125,20 +124,8 @@ SixTensors leaf_glu_backward_meta(const Tensor& grad, const Tensor& a, const Opt
 
 // ---- gradients ------------------------------------------------------------------------------------------------------
 
-Tensor call_forward(const Tensor& a, const OptionalTensor& b, const Tensor& p1, const OptionalTensor& p2,
-                    const Tensor& p3, const OptionalTensor& p4) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow(kGluForward, "").typed<decltype(call_forward)>();
-  return op.call(a, b, p1, p2, p3, p4);
-}
-
-SixTensors call_backward(const Tensor& grad, const Tensor& a, const OptionalTensor& b, const Tensor& p1,
-                         const OptionalTensor& p2, const Tensor& p3, const OptionalTensor& p4,
-                         std::array<bool, 6> mask) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow(kGluBackward, "").typed<decltype(call_backward)>();
-  return op.call(grad, a, b, p1, p2, p3, p4, mask);
-}
+constexpr Dispatched<leaf_glu_forward> call_forward{kGluForward};
+constexpr Dispatched<leaf_glu_backward> call_backward{kGluBackward};
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <array>
@@ -74,6 +75,20 @@ struct By;
 template <auto f, Run run, class Result, class... Arguments>
 struct By<f, run, Result (*)(Run, Arguments...)> {
   static Result call(Arguments... arguments) { return f(run, arguments...); }
+};
+
+// The operator, called by the dispatcher; its arguments are f's without the Run.
+template <auto f, class F = decltype(f)>
+struct Dispatched;
+template <auto f, class Result, class... Arguments>
+struct Dispatched<f, Result (*)(Run, Arguments...)> {
+  const char* name;
+
+  Result operator()(Arguments... arguments) const {
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Result(Arguments...)>();
+    return op.call(arguments...);
+  }
 };
 
 template <Run run>

@@ -61,27 +61,8 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-FiveTensors call_forward(const Tensor& x, const Tensor& h, const OptionalTensor& c, const Tensor& weight_ih,
-                         const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-                         const Tensor& p1, const Tensor& p2, const Tensor& p3, const Tensor& p4,
-                         const OptionalTensor& batch_sizes, bool reverse) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow(kRecurrentForward, "").typed<decltype(call_forward)>();
-  return op.call(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, p1, p2, p3, p4, batch_sizes, reverse);
-}
-
-ElevenTensors call_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n,
-                            const OptionalTensor& grad_c_n, const Tensor& output, const Tensor& cells,
-                            const Tensor& pre, const Tensor& x, const Tensor& h, const OptionalTensor& c,
-                            const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
-                            const OptionalTensor& bias_hh, const Tensor& p1, const Tensor& p2, const Tensor& p3,
-                            const Tensor& p4, const OptionalTensor& batch_sizes, bool reverse,
-                            std::array<bool, 11> mask) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow(kRecurrentBackward, "").typed<decltype(call_backward)>();
-  return op.call(grad_output, grad_h_n, grad_c_n, output, cells, pre, x, h, c, weight_ih, weight_hh, bias_ih, bias_hh,
-                 p1, p2, p3, p4, batch_sizes, reverse, mask);
-}
+constexpr Dispatched<leaf_recurrent_forward> call_forward{kRecurrentForward};
+constexpr Dispatched<leaf_recurrent_backward> call_backward{kRecurrentBackward};
 
 struct RecurrentNode : torch::autograd::Function<RecurrentNode> {
   static variable_list forward(AutogradContext* context, const Tensor& x, const Tensor& h, const OptionalTensor& c,
