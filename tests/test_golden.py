@@ -112,10 +112,13 @@ def test_training(folder, case):
         x, label = images[i : i + size], labels[i : i + size]
         losses.append(tuner.step(lambda x=x, label=label: nn.functional.cross_entropy(model(x), label)))
     torch.testing.assert_close(torch.stack(losses), arrays["losses"], rtol=1e-9, atol=0)
-    # Of each tensor's largest: where a gradient is near 0, Adam's division by its root makes much of a rounding.
+    # Of each tensor's largest: where a gradient is near 0, Adam's division by its root makes much of a rounding. So does
+    # ReLU's p3 = 2^16 of those of fc1's products, which differ from processor to processor: on one, the plain formula is
+    # 8.9e-9 away too.
+    tolerance = 1e-7 if case["init"] == "ReLU" else 1e-12
     for name, p in model.state_dict().items():
         expected = arrays[f"final.{name}"]
-        atol = 1e-9 * expected.abs().max().item()
+        atol = tolerance * expected.abs().max().item()
         torch.testing.assert_close(p, expected, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
