@@ -40,8 +40,14 @@ inline void store_n(S* p, V v, int64_t n) {
   memcpy(p, padded, n * sizeof(S));
 }
 
-// To the second-level cache. (To the first it was slower, most where rows are short: docs/performance.md.)
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Asks for the line of p[i], which may be behind the end, for the second-level cache. (For the first it was slower,
+// most where rows are short: docs/performance.md.)
+template <class S>
+inline void prefetch(const S* p, int64_t i) {
+  __builtin_prefetch(p + i, 0, 2);
+}
+// So far ahead at least, in bytes of each operand: by itself a processor looks ahead within a page of memory alone.
+constexpr int64_t kAhead = 4096;
 
 // leaf_loops.h's Operands for an operation and a storage type. `Repeated` has bit k set where in[k] is one element: the
 // pointer is then to a vector of copies of it. With `Streamed` outputs are stored past the caches: each vector of them
@@ -91,19 +97,11 @@ struct Operands {
     return a;
   }
 
-  // The lines of row r's column c, and `ahead` rows further on.
-  void prefetch(int64_t r, int64_t c, int64_t ahead, int64_t stride) const {
-#pragma GCC unroll 8
-    for (int k = 0; k < Op::inputs; ++k) {
-      const int64_t row = in_stride(k, stride);
-      if (!is_repeated(k)) ::prefetch(in[k] + (r * row + c + ahead * row));
-    }
-    if (Streamed) return;
-#pragma GCC unroll 8
-    for (int k = 0; k < Op::outputs; ++k) {
-      const int64_t row = out_stride(k, stride);
-      if (wants(k)) ::prefetch(out[k] + (r * row + c + ahead * row));
-    }
+  void prefetch_in(int k, int64_t i) const {
+    if (!is_repeated(k)) ::prefetch(in[k], i);
+  }
+  void prefetch_out(int k, int64_t i) const {
+    if (!Streamed && wants(k)) ::prefetch(out[k], i);
   }
 };
 
@@ -138,13 +136,20 @@ LEAF_FUNCTION void vectors(const O& a, int64_t begin, int64_t end, const Paramet
                            typename O::V* sum) {
   using Op = typename O::Op;
   using M = typename O::M;
+  constexpr int64_t ahead = kAhead / sizeof(typename O::S);
   typename O::V in[Op::inputs], out[Op::outputs];
   for (int64_t i = begin; i < end; i += M::lanes) {
 #pragma GCC unroll 8
-    for (int k = 0; k < Op::inputs; ++k) in[k] = a.load(k, i);
+    for (int k = 0; k < Op::inputs; ++k) {
+      in[k] = a.load(k, i);
+      a.prefetch_in(k, i + ahead);
+    }
     Op::template apply<M>(in, p, out, sum);
 #pragma GCC unroll 8
-    for (int k = 0; k < Op::outputs; ++k) a.store(k, i, out[k]);
+    for (int k = 0; k < Op::outputs; ++k) {
+      a.store(k, i, out[k]);
+      a.prefetch_out(k, i + ahead);
+    }
   }
 }
 
@@ -206,8 +211,7 @@ struct Block {
 };
 
 // Rows are taken `kTile` at a time, so that a column's parameters and sums pass through registers once for all of them.
-// The next tile's lines are asked for meanwhile: the processor foresees one long run, not kTile short ones, each in
-// pages of its own.
+// A later tile's lines are asked for meanwhile: the processor foresees one long run, not kTile short ones.
 constexpr int kTile = 4;
 
 // Where a tile's sums come from and go to, each array [q·kSumStride<Op> + c]: the first tile of a group starts at 0,
@@ -218,8 +222,8 @@ struct TileSums {
   bool first, last;
 };
 
-// One vector of columns, or its first n if Partial, in each of a tile's rows; the operands are at the tile's first, the
-// next tile is `ahead` rows away.
+// One vector of columns, or its first n if Partial, in each of a tile's rows; the operands are at the tile's first,
+// what to ask for is `ahead` rows away.
 template <int Rows, bool Partial, class O>
 LEAF_FUNCTION void tile_vector(const Block<O>& b, const O& operands, int64_t ahead, int64_t c, int64_t n,
                                const TileSums<typename O::T>& sums) {
@@ -231,8 +235,9 @@ LEAF_FUNCTION void tile_vector(const Block<O>& b, const O& operands, int64_t ahe
   const auto load_row = [&](int r) {
 #pragma GCC unroll 8
     for (int k = 0; k < Op::inputs; ++k) {
-      const int64_t i = r * operands.in_stride(k, b.stride) + c;
+      const int64_t row = operands.in_stride(k, b.stride), i = r * row + c;
       in[r][k] = Partial ? operands.load_n(k, i, n) : operands.load(k, i);
+      if (!Partial) operands.prefetch_in(k, i + ahead * row);
     }
   };
   // Of the operations without sums most have registers for all rows' inputs: then none waits for an output's store.
@@ -240,24 +245,21 @@ LEAF_FUNCTION void tile_vector(const Block<O>& b, const O& operands, int64_t ahe
   if (all_rows)
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) load_row(r);
-  if (all_rows && !Partial)
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) operands.prefetch(r, c, ahead, b.stride);
   if (Op::sums && !sums.first)
 #pragma GCC unroll 32
     for (int q = 0; q < Op::sums; ++q) sum[q] = load(sums.group + q * kSumStride<Op> + c);
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
     if (!all_rows) load_row(r);
-    if (!all_rows && !Partial) operands.prefetch(r, c, ahead, b.stride);
     Op::template apply<typename O::M>(in[r], p, out, sum);
 #pragma GCC unroll 8
     for (int k = 0; k < Op::outputs; ++k) {
-      const int64_t i = r * operands.out_stride(k, b.stride) + c;
+      const int64_t row = operands.out_stride(k, b.stride), i = r * row + c;
       if (Partial)
         operands.store_n(k, i, out[k], n);
       else
         operands.store(k, i, out[k]);
+      if (!Partial) operands.prefetch_out(k, i + ahead * row);
     }
   }
   if (!Op::sums) return;
@@ -283,10 +285,12 @@ LEAF_FUNCTION void tile(const Block<O>& b, int64_t row, int64_t ahead, const Til
 template <class O>
 __attribute__((noinline)) void rows(Block<O> b, int64_t first, int64_t end, typename O::T* group,
                                     typename O::T* total) {
+  const int64_t tile_bytes = kTile * b.columns * sizeof(typename O::S);
+  const int64_t ahead = (kAhead + tile_bytes - 1) / tile_bytes * kTile;
   for (int64_t r = first; r < end;) {
     const int64_t begin = r, last = O::Op::sums ? r + least(end - r, kTerms) : end;
     for (; r + kTile <= last; r += kTile)
-      tile<kTile>(b, r, r + 2 * kTile <= b.rows ? kTile : 0, {group, total, r == begin, r + kTile == last});
+      tile<kTile>(b, r, r + ahead + kTile <= b.rows ? ahead : 0, {group, total, r == begin, r + kTile == last});
     for (; r < last; ++r) tile<1>(b, r, 0, {group, total, r == begin, r + 1 == last});
   }
 }

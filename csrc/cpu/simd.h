@@ -189,11 +189,27 @@ inline void store_bits(uint16_t* p, Bits32 v) {
 #endif
 }
 
-inline FloatV load(const BFloat16* p) { return bit_cast<FloatV>(load_bits(&p->bits) << 16); }
+inline FloatV load(const BFloat16* p) {
+#if LEAF_VECTOR_BYTES == 32
+  // In each half of a vector its four words, to the upper halves of its lanes: one shuffle, where widening takes a
+  // shift.
+  const __m256i words = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+  const __m256i to = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                                      -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  return (FloatV)_mm256_shuffle_epi8(words, to);
+#else
+  return bit_cast<FloatV>(load_bits(&p->bits) << 16);
+#endif
+}
+// To nearest, ties to even; a NaN's bits are all ones.
 inline void store(BFloat16* p, FloatV v) {
   const Bits32 bits = bit_cast<Bits32>(v);
-  const Bits32 rounded = bits + ((bits << 15) >> 31) + 0x7fffu;  // to nearest, ties to even
-  store_bits(&p->bits, (v == v ? rounded : ~Bits32{}) >> 16);
+  const Bits32 rounded = bits + ((bits << 15) >> 31) + 0x7fffu;
+#if LEAF_VECTOR_BYTES == 64
+  store_bits(&p->bits, (v == v ? rounded : ~Bits32{}) >> 16);  // the shift selects as well
+#else
+  store_bits(&p->bits, (rounded | bit_cast<Bits32>(v != v)) >> 16);
+#endif
 }
 
 // (By width and not by __F16C__, which GCC does not define for a target that a _Pragma sets.)
