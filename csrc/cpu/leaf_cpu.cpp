@@ -4,6 +4,9 @@
 // for any number of threads.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
 
 #include <algorithm>
 #include <numeric>
@@ -264,10 +267,13 @@ struct ColumnBlocks {
 
 // f(task) for each of `tasks` equal shares of numel elements. A thread is not woken for less than kTaskElements<Op>.
 template <class Op, class F>
-void parallel_tasks(int64_t tasks, int64_t numel, F f) {
+void parallel_tasks(int64_t tasks, int64_t numel, bool stream, F f) {
   const int64_t grain = std::max<int64_t>(1, kTaskElements<Op> * tasks / numel);
   at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) f(task);
+#if defined(__x86_64__)
+    if (stream) _mm_sfence();  // once for all tasks: each waits until what was stored has left the processor
+#endif
   });
 }
 
@@ -317,7 +323,7 @@ void run_segments(const Args& a, const InnerLoops& loops, const Tensor& like) {
   const bool stream = beyond_caches(a.plan, a.dtype);
   const Tensor workspace = Op::sums ? make_workspace<T>({segments.segments(), Op::sums}, like) : Tensor();
   T* const partial = Op::sums ? workspace.mutable_data_ptr<T>() : nullptr;
-  parallel_tasks<Op>(segments.tasks(), a.plan.numel(), [&](int64_t task) {
+  parallel_tasks<Op>(segments.tasks(), a.plan.numel(), stream, [&](int64_t task) {
     segments.for_each(task, [&](int64_t segment, int64_t row, int64_t i, int64_t n) {
       double p[4 * Op::sets], sums[kSums<Op>] = {};
       segment_parameters<Op::sets>(a.parameters, row % a.plan.count, p);
@@ -354,7 +360,7 @@ void run_columns(const Args& a, const InnerLoops& loops, const Tensor& like) {
   T* const partial = direct ? nullptr : workspace.mutable_data_ptr<T>();
   if (blocks.columns.tail && !direct)
     std::fill_n(partial + (blocks.chunks - 1) * Op::sums * slots, Op::sums * slots, T(0));
-  parallel_tasks<Op>(blocks.tasks(), a.plan.numel(), [&](int64_t task) {
+  parallel_tasks<Op>(blocks.tasks(), a.plan.numel(), stream, [&](int64_t task) {
     blocks.for_task(task, [&](int64_t chunk, int64_t c0, int64_t n, int64_t i, int64_t rows) {
       const ColumnParameters<T, Op::sets, kColumnBlock<Op>> p(a.parameters, a.plan, fold, c0, n);
       alignas(kVectorBytes) T sums[kSums<Op> * kSumStride<Op>];

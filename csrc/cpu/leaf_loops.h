@@ -33,7 +33,8 @@ struct Operands {
   int64_t in_row[kMaxInputs], out_row[kMaxOutputs];
 };
 
-// With `stream` the outputs may be stored past the caches.
+// With `stream` the outputs may be stored past the caches: before another thread reads them, the caller must put a
+// fence.
 struct InnerLoops {
   // A segment is a run of n elements that share the parameters p[0], p[1], ... Adds the segment's parameter gradients
   // to sums[0], sums[1], ... Null for operations by lines, of which no two columns share their parameters.

@@ -341,7 +341,6 @@ struct Typed {
       a.out_row[k] = given.out_row[k];
     }
     f(a);
-    if (Streamed) end_of_stream();
   }
 
   // f(Operands) of the type that fits; `stride` elements lie from row to row. (Streams are for where it pays: where

@@ -269,11 +269,4 @@ inline void stream(S* p, V v) {
   store(p, v);
 #endif
 }
-// Before another thread reads what was streamed.
-inline void end_of_stream() {
-#if LEAF_VECTOR_BYTES >= 32
-  _mm_sfence();
-#endif
-}
-
 }  // namespace
