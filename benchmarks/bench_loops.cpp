@@ -87,9 +87,10 @@ void print(const char* target, const char* dtype, const InnerLoopsByOperation& b
   for (const Operation operation : operations) {
     const InnerLoops& loops = by_operation[operation];
     std::printf("%-7s %-8s %-15s  ", target, dtype, names[static_cast<int>(operation)]);
-    if (loops.segment)
+    const Segment whole{0, kElements};
+    if (loops.segments)
       std::printf("one set %.3f   ",
-                  nanoseconds([&] { loops.segment(data.operands, kElements, data.one_set, false, data.sums); }));
+                  nanoseconds([&] { loops.segments(data.operands, &whole, 1, data.one_set, false, data.sums); }));
     const double columns =
         nanoseconds([&] { loops.columns(data.operands, kRows, kColumns, kColumns, data.p, false, data.sums); });
     std::printf("per column %.3f ns per element\n", columns);

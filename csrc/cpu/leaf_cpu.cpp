@@ -88,8 +88,7 @@ void for_each_parameter(const ParameterArgs& parameters, F f) {
 }
 
 template <int sets>
-void segment_parameters(const ParameterArgs& parameters, int64_t k, double* out) {
-  const ParameterIndex index = parameters.matrix.at(k);
+void segment_parameters(const ParameterArgs& parameters, const ParameterIndex& index, double* out) {
   for_each_parameter<sets>(parameters, [&](int q, const auto* p, const ParameterStrides& strides) {
     out[q] = static_cast<double>(p[strides.at(index)]);
   });
@@ -200,7 +199,7 @@ Operands operands_at(const Args& a, int64_t i, int64_t row) {
 
 // u in memory order, cut into chunks of equal length and where the parameters change.
 struct Segments {
-  static constexpr int64_t chunk = kTaskElements<Forward>;
+  static constexpr int64_t chunk = kTaskElements<Forward>, most = chunk / kMinSegment + 2;  // of a chunk
   int64_t inner, numel;
 
   explicit Segments(const Plan& plan) : inner(plan.inner), numel(plan.numel()) {}
@@ -208,15 +207,15 @@ struct Segments {
   int64_t tasks() const { return (numel + chunk - 1) / chunk; }
 
   // A row is a run of `inner` elements (row = outer index · count + parameter index); row r's segment in chunk c has
-  // the number r + c: unique, since from one segment to the next r or c grows.
+  // the number r + c: unique, since from one segment to the next r or c grows, and within a chunk one after another.
   int64_t segments() const { return numel / inner + tasks(); }
 
   // f(segment, row, first element, length)
   template <class F>
   void for_each(int64_t c, F f) const {
     const int64_t end = std::min(numel, (c + 1) * chunk);
-    for (int64_t i = c * chunk; i < end;) {
-      const int64_t row = i / inner, next = std::min(end, (row + 1) * inner);
+    for (int64_t i = c * chunk, row = i / inner; i < end; ++row) {
+      const int64_t next = std::min(end, (row + 1) * inner);
       f(row + c, row, i, next - i);
       i = next;
     }
@@ -324,12 +323,23 @@ void run_segments(const Args& a, const InnerLoops& loops, const Tensor& like) {
   const Tensor workspace = Op::sums ? make_workspace<T>({segments.segments(), Op::sums}, like) : Tensor();
   T* const partial = Op::sums ? workspace.mutable_data_ptr<T>() : nullptr;
   parallel_tasks<Op>(segments.tasks(), a.plan.numel(), stream, [&](int64_t task) {
+    Segment of_task[Segments::most];
+    double p[Segments::most * 4 * Op::sets], sums[Segments::most * kSums<Op>];
+    const int64_t begin = a.plan.at(task * Segments::chunk);
+    int64_t number = 0, count = 0;
+    ParameterIndex index;
     segments.for_each(task, [&](int64_t segment, int64_t row, int64_t i, int64_t n) {
-      double p[4 * Op::sets], sums[kSums<Op>] = {};
-      segment_parameters<Op::sets>(a.parameters, row % a.plan.count, p);
-      loops.segment(operands_at<Op>(a, a.plan.at(i), 0), n, p, stream, sums);
-      std::copy_n(sums, Op::sums, partial + segment * Op::sums);
+      if (count == 0) {
+        number = segment;
+        index = a.parameters.matrix.at(row % a.plan.count);
+      }
+      of_task[count] = {a.plan.at(i) - begin, a.plan.at(i) - begin + n};
+      segment_parameters<Op::sets>(a.parameters, index, p + 4 * Op::sets * count);
+      a.parameters.matrix.advance(index);
+      ++count;
     });
+    loops.segments(operands_at<Op>(a, begin, 0), of_task, count, p, stream, sums);
+    std::copy_n(sums, Op::sums * count, partial + Op::sums * number);
   });
   if (!Op::sums) return;
   finish<Op>(a, [&](int64_t first, int64_t n, double* sums) {

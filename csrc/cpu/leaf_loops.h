@@ -33,12 +33,18 @@ struct Operands {
   int64_t in_row[kMaxInputs], out_row[kMaxOutputs];
 };
 
+// Elements begin, ..., end − 1 of the operands.
+struct Segment {
+  int64_t begin, end;
+};
+
 // With `stream` the outputs may be stored past the caches: before another thread reads them, the caller must put a
 // fence.
 struct InnerLoops {
-  // A segment is a run of n elements that share the parameters p[0], p[1], ... Adds the segment's parameter gradients
-  // to sums[0], sums[1], ... Null for operations by lines, of which no two columns share their parameters.
-  void (*segment)(const Operands&, int64_t n, const double* p, bool stream, double* sums);
+  // Segments, runs of elements that share their parameters: the k-th has p[4·sets·k], p[4·sets·k + 1], ... Writes its
+  // parameter gradients to sums[Op::sums·k], ... Null for operations by lines, of which no two columns share their
+  // parameters.
+  void (*segments)(const Operands&, const Segment*, int64_t count, const double* p, bool stream, double* sums);
 
   // A block of columns: rows × columns elements, `stride` elements from row to row (or, of pitched operations, in_row
   // and out_row). Column c has the parameters p[q][c], in the arithmetic type, readable up to the next multiple of

@@ -14,6 +14,7 @@ using leaf_cuda::Parameters;
 using leaf_cuda::cpu::kColumnMultiple;
 using leaf_cuda::cpu::kSumStride;
 using leaf_cuda::cpu::kVectorBytes;
+using leaf_cuda::cpu::Segment;
 
 template <class S>
 struct ArithmeticOf {
@@ -26,18 +27,32 @@ struct ArithmeticOf<double> {
 template <class S>
 using Arithmetic = typename ArithmeticOf<S>::type;
 
+// n elements, fewer than a vector's, by powers of two: memcpy would be a call, which leaves no vector in its register.
+template <class S>
+LEAF_FUNCTION void copy_n(S* to, const S* from, int64_t n) {
+#pragma GCC unroll 8
+  for (int size = Simd<Arithmetic<S>>::lanes / 2; size > 0; size /= 2)
+    if (n & size) {
+      memcpy(to, from, size * sizeof(S));
+      to += size, from += size;
+    }
+}
 // The first n < lanes elements; the other lanes are zero.
 template <class S>
 inline auto load_n(const S* p, int64_t n) {
   S padded[Simd<Arithmetic<S>>::lanes] = {};
-  memcpy(padded, p, n * sizeof(S));
+#if LEAF_VECTOR_BYTES == 64
+  masked_load<sizeof(padded)>(padded, p, (uint64_t{1} << n * sizeof(S)) - 1);
+#else
+  copy_n(padded, p, n);
+#endif
   return load(padded);
 }
 template <class S, class V>
 inline void store_n(S* p, V v, int64_t n) {
   S padded[Simd<Arithmetic<S>>::lanes];
   store(padded, v);
-  memcpy(p, padded, n * sizeof(S));
+  copy_n(p, padded, n);
 }
 
 // Asks for the line of p[i], which may be behind the end, for the second-level cache. (For the first it was slower,
@@ -115,10 +130,15 @@ using Doubles = Simd<double>::V;
 inline Doubles in_double(Doubles v) { return v; }
 // The sums of a lane of one half and one of the other.
 inline Doubles in_double(Simd<float>::V v) {
+#if LEAF_VECTOR_BYTES == 64  // GCC 12 makes three times as many instructions of the generic conversion
+  const auto half = [](__m256 h) { return (Doubles)_mm512_maskz_cvtps_pd(0xff, h); };
+  return half(_mm512_castps512_ps256((__m512)v)) + half(_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
+#else
   typedef float Half __attribute__((vector_size(LEAF_VECTOR_BYTES / 2)));
   Half halves[2];
   memcpy(halves, &v, sizeof(v));
   return __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
+#endif
 }
 inline double sum_of_lanes(Doubles v) {
   double lanes[Simd<double>::lanes];
@@ -153,39 +173,65 @@ LEAF_FUNCTION void vectors(const O& a, int64_t begin, int64_t end, const Paramet
   }
 }
 
+// The first n < lanes lanes of v, 0 in the others, whatever they hold.
+template <class M>
+LEAF_FUNCTION typename M::V first_lanes(typename M::V v, int n) {
+  typename M::I lane;
+  for (int k = 0; k < M::lanes; ++k) lane[k] = k;
+  return lane < n ? v : typename M::V{};
+}
+
+// Segments in pieces, of as many terms as a sum in their own type may have. A piece's lanes are added up later, with
+// others': they wait for its last element, and what follows it would wait behind them.
 template <class O>
-void segment(O a, int64_t n, const double* p_, double* sums) {
+void segments(O a, const Segment* segment, int64_t count, const double* p_, double* sums) {
   using Op = typename O::Op;
   using M = typename O::M;
   using V = typename O::V;
-  Parameters<V> p[Op::sets];
+  constexpr int kPieces = 16;
+  V lanes[kPieces][kSums<Op>];
+  int64_t of[kPieces];
+  int pieces = 0;
+  const auto add_up = [&] {
+    for (int k = 0; k < pieces; ++k)
+      for (int q = 0; q < Op::sums; ++q) sums[Op::sums * of[k] + q] += sum_of_lanes(in_double(lanes[k][q]));
+    pieces = 0;
+  };
+  for (int64_t k = 0; k < Op::sums * count; ++k) sums[k] = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    Parameters<V> p[Op::sets];
 #pragma GCC unroll 8
-  for (int set = 0; set < Op::sets; ++set)
-    p[set] = {M::broadcast(p_[4 * set]), M::broadcast(p_[4 * set + 1]), M::broadcast(p_[4 * set + 2]),
-              M::broadcast(p_[4 * set + 3])};
-  Doubles in_lanes[kSums<Op>] = {};
-  const int64_t whole = n / M::lanes * M::lanes;
-  if (!Op::sums) vectors(a, 0, whole, p, nullptr);
-  for (int64_t i = 0; Op::sums && i < whole;) {
-    V total[kSums<Op>] = {};
-    for (const int64_t last = i + least(whole - i, kTerms * kTerms * M::lanes); i < last; i += kTerms * M::lanes) {
-      V sum[kSums<Op>] = {};
-      vectors(a, i, i + least(last - i, kTerms * M::lanes), p, sum);
-      for (int q = 0; q < Op::sums; ++q) total[q] += sum[q];
+    for (int set = 0; set < Op::sets; ++set, p_ += 4)
+      p[set] = {M::broadcast(p_[0]), M::broadcast(p_[1]), M::broadcast(p_[2]), M::broadcast(p_[3])};
+    for (int64_t i = segment[k].begin, end = segment[k].end; i < end;) {
+      const int64_t whole = i + (end - i) / M::lanes * M::lanes;
+      const int64_t last = Op::sums ? least(whole, i + kTerms * kTerms * M::lanes) : whole;
+      V total[kSums<Op>] = {};
+      if (!Op::sums) vectors(a, i, last, p, nullptr);
+      for (; Op::sums && i < last; i += kTerms * M::lanes) {
+        V sum[kSums<Op>] = {};
+        vectors(a, i, least(last, i + kTerms * M::lanes), p, sum);
+        for (int q = 0; q < Op::sums; ++q) total[q] += sum[q];
+      }
+      i = last;
+      if (whole == last && whole < end) {
+        const int rest = static_cast<int>(end - i);
+        V in[Op::inputs], out[Op::outputs], sum[kSums<Op>] = {};
+#pragma GCC unroll 8
+        for (int j = 0; j < Op::inputs; ++j) in[j] = a.load_n(j, i, rest);
+        Op::template apply<M>(in, p, out, sum);
+#pragma GCC unroll 8
+        for (int j = 0; j < Op::outputs; ++j) a.store_n(j, i, out[j], rest);
+        for (int q = 0; q < Op::sums; ++q) total[q] += first_lanes<M>(sum[q], rest);
+        i = end;
+      }
+      if (!Op::sums) continue;
+      for (int q = 0; q < Op::sums; ++q) lanes[pieces][q] = total[q];
+      of[pieces] = k;
+      if (++pieces == kPieces) add_up();
     }
-    for (int q = 0; q < Op::sums; ++q) in_lanes[q] += in_double(total[q]);
   }
-  if (whole < n) {
-    V in[Op::inputs], out[Op::outputs], sum[kSums<Op>] = {};
-#pragma GCC unroll 8
-    for (int k = 0; k < Op::inputs; ++k) in[k] = a.load_n(k, whole, n - whole);
-    Op::template apply<M>(in, p, out, sum);
-#pragma GCC unroll 8
-    for (int k = 0; k < Op::outputs; ++k) a.store_n(k, whole, out[k], n - whole);
-    for (int q = 0; q < Op::sums; ++q)
-      for (int k = 0; k < n - whole; ++k) sums[q] += sum[q][k];
-  }
-  for (int q = 0; q < Op::sums; ++q) sums[q] += sum_of_lanes(in_lanes[q]);
+  add_up();
 }
 
 template <class T, int Sets>
@@ -364,8 +410,10 @@ struct Typed {
     return aligned;
   }
 
-  static void run_segment(const Given& given, int64_t n, const double* p, bool stream, double* sums) {
-    dispatch(given, 0, stream, [&](const auto& a) { segment(a, n, p, sums); });
+  static void run_segments(const Given& given, const Segment* segment, int64_t count, const double* p, bool stream,
+                           double* sums) {
+    for (int64_t k = 0; k < count; ++k) stream = stream && segment[k].begin % lanes == 0;
+    dispatch(given, 0, stream, [&](const auto& a) { segments(a, segment, count, p, sums); });
   }
 
   static void run_columns(const Given& given, int64_t rows, int64_t stride, int64_t n, const void* const* p,
@@ -383,7 +431,7 @@ constexpr leaf_cuda::cpu::InnerLoops loops() {
   if constexpr (Op::always_pitched)
     return {nullptr, Typed<Op, S>::run_columns};
   else
-    return {Typed<Op, S>::run_segment, Typed<Op, S>::run_columns};
+    return {Typed<Op, S>::run_segments, Typed<Op, S>::run_columns};
 }
 
 template <class S, class... Ops>

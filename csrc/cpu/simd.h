@@ -252,6 +252,20 @@ inline void store(Half* p, FloatV v) {
 }
 #endif
 
+#if LEAF_VECTOR_BYTES == 64
+// Those of the bytes at `from` that the mask has, 0 for the others.
+template <int bytes>
+inline void masked_load(void* to, const void* from, uint64_t mask) {
+  if constexpr (bytes == 64) {
+    const __m512i v = _mm512_maskz_loadu_epi8(mask, from);
+    memcpy(to, &v, bytes);
+  } else {
+    const __m256i v = _mm256_maskz_loadu_epi8(static_cast<uint32_t>(mask), from);
+    memcpy(to, &v, bytes);
+  }
+}
+#endif
+
 // Past the caches, p aligned to a vector of S: for results that no cache could hold, whose lines need not be read
 // first.
 template <class S, class V>
