@@ -42,8 +42,9 @@ try:
 except ImportError:
     from contextlib import nullcontext
 
-    def tqdm(**_):
-        return nullcontext(SimpleNamespace(update=lambda: None, set_description=lambda text: print(text, flush=True)))
+    def tqdm(rounds=None, **_):
+        bar = SimpleNamespace(update=lambda: None, set_description=lambda text: print(text, flush=True))
+        return nullcontext(bar) if rounds is None else rounds
 
     tqdm.write = lambda text, file: print(text, file=file)
 

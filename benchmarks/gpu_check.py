@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_check.py [--results FOLDER] [--quick]
 
-Builds in place for the GPU present, with the torch, ninja and pytest of this Python and without network; runs the whole
-test suite, compute-sanitizer's memcheck and racecheck on a few tests, and the benchmark; writes one folder of results.
-The last lines say what was run, what failed and what could not be run. Exit code: 0 nothing failed, 1 something did, 3
-no GPU.
+Builds in place for the GPU present, with the torch, ninja and pytest of this Python and without network; runs the tests
+that are neither slow nor emulated, compute-sanitizer's memcheck and racecheck on a few of them, and the benchmark; writes
+one folder of results. The last lines say what was run, what failed and what could not be run. Exit code: 0 nothing
+failed, 1 something did, 3 no GPU.
 """
 
 import argparse
@@ -104,7 +104,7 @@ class Run:
 
 
 def test_commands(run: Run) -> list[list[str]]:
-    """The whole test suite in processes that run at the same time, the longest files in different ones."""
+    """The tests in processes that run at the same time, the longest files in different ones."""
     files = sorted(ROOT.glob("tests/test_*.py"), key=lambda path: path.stat().st_size, reverse=True)
     pytest = [sys.executable, "-m", "pytest", "-m", "not slow and not emulated", "-p", "no:cacheprovider"]
     return [
@@ -151,7 +151,7 @@ def main() -> int:
 
     run = Run(folder)
     python = sys.executable
-    os.environ["FORCE_CUDA"] = run.environment["FORCE_CUDA"] = "1"
+    run.environment["FORCE_CUDA"] = "1"
     if run.step("build", [python, "setup.py", "build_ext", "--inplace"], seconds=300):
         run.step("tests", *test_commands(run), seconds=240, OMP_NUM_THREADS=str(os.cpu_count() // TEST_PROCESSES or 1))
         checker = shutil.which("compute-sanitizer")
