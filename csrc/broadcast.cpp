@@ -172,7 +172,8 @@ void Broadcast::add(const at::Tensor& flat, const Window& window, const at::Tens
   at::DimVector summed;
   for (int64_t d = 0; d < to.dim(); ++d)
     if (to.size(d) != from.size(d)) summed.push_back(d);
-  to.add_(summed.empty() ? from : from.sum(summed, /*keepdim=*/true, to.scalar_type()));
+  // Summed in its own type: with another for the sum, CUDA would copy all of it to that first.
+  to.add_(summed.empty() ? from : from.sum(summed, /*keepdim=*/true));
 }
 
 }  // namespace leaf_cuda

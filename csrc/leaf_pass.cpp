@@ -96,7 +96,7 @@ int64_t Pass::window_size(int64_t bytes) {
     if (p.defined() && !broadcast_.lies_flat(p)) bytes += p.element_size();
   const int64_t count = args_.plan.count;
   const int64_t size = args_.run || bytes == 0 ? count : std::clamp<int64_t>(args_.workspace / 2 / bytes, 1, count);
-  args_.workspace -= size * bytes;
+  args_.workspace = std::max<int64_t>(args_.workspace - size * bytes, 0);
   return size;
 }
 
