@@ -45,10 +45,8 @@ struct Data {
       operands.in_stride[k] = 1;
     }
     for (int k = 0; k < kMaxOutputs; ++k) operands.out[k] = out[k];
-#if !defined(LEAF_BENCH_WITHOUT_ROWS)  // of commits before the gated unit
     std::fill_n(operands.in_row, kMaxInputs, kColumns);
     std::fill_n(operands.out_row, kMaxOutputs, kColumns);
-#endif
   }
 
   // Normal numbers, as convert(float) stores them.

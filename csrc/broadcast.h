@@ -13,7 +13,7 @@ namespace leaf_cuda {
 
 class Broadcast {
  public:
-  // u is non-overlapping and dense; each parameter broadcasts to u's shape (leaf_ops.cpp checks both). By lines, u is
+  // u is non-overlapping and dense; each parameter broadcasts to u's shape (leaf_pass.h sees to both). By lines, u is
   // taken in the order of its shape, and the last dimension is one that a parameter varies along: `count` is a multiple
   // of its size, and `inner` 1.
   Broadcast(const at::Tensor& u, at::ArrayRef<at::Tensor> parameters, bool by_lines = false);

@@ -42,8 +42,8 @@ struct Segment {
 // fence.
 struct InnerLoops {
   // Segments, runs of elements that share their parameters: the k-th has p[4·sets·k], p[4·sets·k + 1], ... Writes its
-  // parameter gradients to sums[Op::sums·k], ... Null for operations by lines, of which no two columns share their
-  // parameters.
+  // parameter gradients to sums[Op::sums·k], ... Null where an operation is `always_pitched`: no two columns
+  // share their parameters.
   void (*segments)(const Operands&, const Segment*, int64_t count, const double* p, bool stream, double* sums);
 
   // A block of columns: rows × columns elements, `stride` elements from row to row (or, of pitched operations, in_row

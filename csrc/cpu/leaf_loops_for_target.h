@@ -1,8 +1,11 @@
 // leaf_loops_impl.h with its functions compiled for LEAF_TARGET. By pragma and not by a flag for the file, because
-// setuptools has no flags for one file.
+// setuptools has no flags for one file. What is not the loops' own comes before: compiled for the target, an inline
+// function of it could serve the whole library.
 #include <immintrin.h>
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__clang__)
 #define LEAF_PRAGMA(x) _Pragma(#x)
 #define LEAF_TARGET_ATTRIBUTE(t) LEAF_PRAGMA(clang attribute push(__attribute__((target(t))), apply_to = function))

@@ -79,9 +79,6 @@ inline SimdTypes<float, int32_t>::V scale(SimdTypes<float, int32_t>::V x, SimdTy
 inline SimdTypes<double, int64_t>::V scale(SimdTypes<double, int64_t>::V x, SimdTypes<double, int64_t>::V n) {
   return (SimdTypes<double, int64_t>::V)_mm512_maskz_scalef_pd(0xff, (__m512d)x, (__m512d)n);
 }
-#endif
-
-#if LEAF_VECTOR_BYTES == 64
 inline SimdTypes<float, int32_t>::V fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 inline SimdTypes<double, int64_t>::V fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 #elif LEAF_VECTOR_BYTES == 32
