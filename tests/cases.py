@@ -111,7 +111,7 @@ def evaluate(f, u, parameters, g):
 
 
 def _shares(u, g, p1, p2, p3, p4, s, s_bar):
-    """What each element has of y, du, dp1, ..., dp4, by DESIGN.md's formulas."""
+    """What each element has of y, du, dp1, ..., dp4, by the formulas of docs/design.md."""
     line = p1 * u + p2
     slope = line * s * s_bar
     return [line * s + p4, g * (p1 * s + slope * p3), g * u * s, g * s, g * slope * u, g]

@@ -1,4 +1,4 @@
-"""Promise 5: NaN and infinite where DESIGN.md's formulas are.
+"""Promise 5: NaN and infinite where the formulas of docs/design.md are.
 
 The rule, for each number of y and each element's share of a gradient. Evaluate the formula in the arithmetic dtype,
 operation by operation from left to right, and round the result to its own dtype: ours is NaN, +inf, -inf or finite as
