@@ -50,7 +50,8 @@ except ImportError:
 
 TENSORS_MOVED = {"forward": 2, "backward": 3, "both": 5}  # u, y; u, g, du: the fewest that any way can do with
 IN_CACHE_BELOW = 1 << 20  # bytes of u; work on such tensors is done in the cache in real use too
-CACHES_FILLED = 4  # the rotated u and g hold this many times the last-level cache
+CACHES_FILLED = 4  # the rotated u and g hold this many times the last-level cache,
+OF_MEMORY = 1 / 32  # and at most so much of the memory: graphs of eager operations take twenty times as much
 
 # Bounds for agreement with the fused LEAF, relative and absolute: a few roundings of the formula's intermediates in u's
 # dtype. A parameter's gradient sums n terms of either sign, so its absolute bound grows with sqrt(n).
@@ -279,7 +280,8 @@ def run_case(case: Case, args: argparse.Namespace, progress: tqdm) -> list[dict[
     torch.compiler.reset()
     torch.manual_seed(0)
     cache = last_level_cache(args.device)
-    count = 1 if case.in_cache else max(2, math.ceil(CACHES_FILLED * cache / (2 * case.bytes)))
+    rotated = min(CACHES_FILLED * cache, OF_MEMORY * memory(args.device))
+    count = 1 if case.in_cache else max(2, math.ceil(rotated / (2 * case.bytes)))
 
     def normal() -> Tensor:
         return torch.randn(case.shape, device=args.device).to(case.dtype, memory_format=case.layout)
@@ -321,6 +323,12 @@ def run_case(case: Case, args: argparse.Namespace, progress: tqdm) -> list[dict[
                 other_cores=others,
             )
     return results
+
+
+def memory(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def last_level_cache(device: str) -> int:
