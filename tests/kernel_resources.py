@@ -70,18 +70,21 @@ class Kernel:
             for begin, end in loops
         ]
 
+    def shortest_loop(self, *patterns: str) -> int:
+        """Instructions of the shortest loop that has an opcode for each of the patterns."""
+        matching = (b for b in self.loops() if all(any(re.match(p, opcode) for opcode in b) for p in patterns))
+        return min(map(len, matching), default=0)
+
     @property
     def loop(self) -> int:
-        """Instructions of the shortest loop that loads from global memory and stores to it, vectors where there are."""
+        """Of the loop that loads from global memory and stores to it, vectors where there are."""
         load, store = (rf"{kind}\.E.*\.128" if self.is_vectorised else kind for kind in ("LDG", "STG"))
-        return min(
-            (
-                len(body)
-                for body in self.loops()
-                if all(any(re.match(pattern, opcode) for opcode in body) for pattern in (load, store))
-            ),
-            default=0,
-        )
+        return self.shortest_loop(load, store)
+
+    @property
+    def ends(self) -> int:
+        """Of the loop over rows that begin or end within a vector, which stores vectors and single elements."""
+        return self.shortest_loop(r"STG\.E.*\.128", r"STG\.E(?!.*\.128)") if self.name.startswith("rows") else 0
 
     @property
     def is_vectorised(self) -> bool:
@@ -155,14 +158,14 @@ def main() -> int:
         print(f"kernel_resources: {binary} holds no CUDA kernels")
         return 1
     print(
-        f"{'kernel':42} {'arch':6} {'regs':>4} {'stack':>5} {'instr':>6} {'loop':>5} {'LDG128':>6} {'STG128':>6} "
+        f"{'kernel':42} {'arch':6} {'regs':>4} {'stack':>5} {'instr':>6} {'loop':>5} {'ends':>5} {'LDG128':>6} {'STG128':>6} "
         f"{'MUFU':>5}  rules"
     )
     for k in found:
         counts = [sum(k.opcodes.values()), k.count(r"LDG\.E.*\.128"), k.count(r"STG\.E.*\.128"), k.count(r"MUFU")]
         rules = "; ".join(k.broken_rules()) or "kept"
         print(
-            f"{k.name:42} {k.architecture:6} {k.registers:4} {k.stack:5} {counts[0]:6} {k.loop:5} {counts[1]:6} "
+            f"{k.name:42} {k.architecture:6} {k.registers:4} {k.stack:5} {counts[0]:6} {k.loop:5} {k.ends or '–':>5} {counts[1]:6} "
             f"{counts[2]:6} {counts[3]:5}  {rules}"
         )
     broken = sum(bool(k.broken_rules()) for k in found)

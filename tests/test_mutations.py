@@ -25,6 +25,8 @@ MUTATIONS = {
     "a shared parameter too few": (KERNELS, "own += c.ty;", "own += c.ty + 1;"),
     "a row's tail is one too long": (KERNELS, "min(begin + r.inner - first,", "min(begin + r.inner + 1 - first,"),
     "a row's head is one too early": (KERNELS, "max(begin - first, int64_t{0})", "max(begin - first - 1, int64_t{0})"),
+    "the neighbours' shares in a row's sums": (KERNELS, "e >= from && e < to ? total[q] : before[q]", "total[q]"),
+    "the neighbours' outputs overwritten": (KERNELS, "if (to - from == N) {", "if (to == N) {"),
     "a vector behind the end": (KERNELS, "slots[j].first + N <= end", "slots[j].first <= end"),
     "the columns' tail is one too short": (
         KERNELS,
@@ -45,6 +47,8 @@ MUTATIONS = {
         "sums ? ceil_div(steps, kMaxSerialSum) : 1",
         "ceil_div(steps, 64)",
     ),
+    "splits for the length of sums alone": (PLANNER, "sums ? ceil_div(rows, kMaxSerialSum) : 1", "1"),
+    "blocks of few columns": (PLANNER, "std::max<int64_t>(at_once * kMaxThreads / width, 1)", "kMaxThreads"),
     "long sums over rows": (PLANNER, "ceil_div(steps, kMaxSerialSum)", "ceil_div(steps, 1000 * kMaxSerialSum)"),
     "long sums over columns": (PLANNER, "c.ty * kMaxSerialSum)", "c.ty * 1000 * kMaxSerialSum)"),
     "unaligned rows taken as aligned": (PLANNER, "= plan.inner % vector == 0 &&", "= plan.inner > 0 &&"),

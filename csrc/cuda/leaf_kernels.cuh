@@ -281,21 +281,37 @@ struct Operands {
     return loaded;
   }
 
-  // As run, of the elements from, ..., to − 1 alone.
+  // As run, of the elements from, ..., to − 1 alone. All N are computed, since a warp's other threads have them all;
+  // the others' outputs are not stored, their sums are taken back.
   template <bool PerElement, int N>
   __device__ __forceinline__ void run_part(const Place& place, int from, int to, const Loaded<N>& loaded,
                                            const Parameters<Arithmetic<S>>* p, Arithmetic<S>* sum) const {
-    Vector<S, N> x[Op::inputs];
+    Vector<S, N> x[Op::inputs], y[Op::outputs];
 #pragma unroll
     for (int k = 0; k < Op::inputs; ++k) x[k] = elements<S, N>(loaded.in[k]);
 #pragma unroll
     for (int e = 0; e < N; ++e) {
-      if (e < from || e >= to) continue;
       const auto input = [&](int k) { return x[k].at[e]; };
-      const auto output = [&](int k, S value) {
-        if (!Op::sums || out[k]) out[k][out_at(k, place) + e] = value;
-      };
-      apply(input, p + PerElement * e * Op::sets, output, sum + PerElement * e * Op::sums);
+      const auto output = [&](int k, S value) { y[k].at[e] = value; };
+      Arithmetic<S>* const total = sum + PerElement * e * Op::sums;
+      Arithmetic<S> before[kSums<Op>];
+#pragma unroll
+      for (int q = 0; q < Op::sums; ++q) before[q] = total[q];
+      apply(input, p + PerElement * e * Op::sets, output, total);
+#pragma unroll
+      for (int q = 0; q < Op::sums; ++q) total[q] = e >= from && e < to ? total[q] : before[q];
+    }
+#pragma unroll
+    for (int k = 0; k < Op::outputs; ++k) {
+      if (Op::sums && !out[k]) continue;
+      S* const first = out[k] + out_at(k, place);
+      if (to - from == N) {
+        store_vector(first, y[k]);
+      } else {
+#pragma unroll
+        for (int e = 0; e < N; ++e)
+          if (e >= from && e < to) first[e] = y[k].at[e];
+      }
     }
   }
 
@@ -435,9 +451,10 @@ __device__ __forceinline__ void run_rows(const RowsLaunch& r, int64_t k, int64_t
 #pragma unroll
     for (int j = 0; j < Unroll; ++j) {
       const auto& slot = slots[j];
-      if (Aligned ? slot.to : slot.to - slot.from == N)
+      if (slot.from >= slot.to) continue;
+      if (Aligned)
         a.template run<false>({0, slot.first}, loaded[j], p, share);
-      else if (!Aligned && slot.from < slot.to)
+      else
         a.template run_part<false>({0, slot.first}, slot.from, slot.to, loaded[j], p, share);
     }
 #pragma unroll

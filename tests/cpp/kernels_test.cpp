@@ -626,8 +626,8 @@ void print(const Plan& plan, c10::ScalarType dtype, const LaunchPlan& b) {
 void plans_of_a_large_device() {
   constexpr int64_t multiprocessors = 132;
   for (const Plan& plan : {Plan{1, 1, 1 << 24}, Plan{256, 64, 4096}, Plan{1024, 64, 49}, Plan{64, 65536, 1},
-                           Plan{256, 65536, 1}, Plan{4096, 1024, 1}, Plan{16384, 1024, 1}, Plan{1 << 20, 64, 1},
-                           Plan{1 << 20, 5, 1}, Plan{1 << 20, 3, 7}, Plan{1 << 15, 1001, 1}})
+                           Plan{256, 65536, 1}, Plan{32, 1 << 20, 1}, Plan{4096, 1024, 1}, Plan{16384, 1024, 1},
+                           Plan{1 << 20, 64, 1}, Plan{1 << 20, 5, 1}, Plan{1 << 20, 3, 7}, Plan{1 << 15, 1001, 1}})
     for (c10::ScalarType dtype : {c10::ScalarType::Float, c10::ScalarType::BFloat16})
       for (Operation operation : {Operation::forward, Operation::backward}) {
         Args a{};
@@ -648,6 +648,7 @@ void plans_of_a_large_device() {
         };
         check(b.vector, what + " by vectors");
         at_most(-(b.by_rows ? r.grid : c.tiles * c.splits), -multiprocessors, "blocks, negative");
+        if (!b.by_rows) at_most(c.tiles * c.splits, 8 * multiprocessors, "blocks");
         if (operation == Operation::forward) {
           a.workspace = 0;
           const LaunchPlan without = plan_launch(a, multiprocessors);
@@ -681,7 +682,8 @@ void plans_of_a_large_device() {
       check(left <= multiprocessors / 4, std::to_string(plan.outer) + " " + std::to_string(blocks) + " blocks forward");
     }
   // As many columns as the device has threads need no second kernel, nor do few of anything.
-  for (const Plan& plan : {Plan{64, 65536, 1}, Plan{256, 65536, 1}, Plan{16, 64, 1}, Plan{16, 5, 1}, Plan{1, 1, 1000}})
+  for (const Plan& plan : {Plan{64, 65536, 1}, Plan{256, 65536, 1}, Plan{256, 1 << 18, 1}, Plan{16, 64, 1},
+                           Plan{16, 5, 1}, Plan{1, 1, 1000}})
     for (c10::ScalarType dtype : {c10::ScalarType::Float, c10::ScalarType::BFloat16}) {
       Args a{};
       a.operation = Operation::backward;
