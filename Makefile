@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/python examples/paper_experiments.py --quick
 
 test: install test-cpp
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
 
 # What takes long: planted bugs, tensors of more than 2^31 elements.
 test-slow: install
@@ -52,7 +52,7 @@ $(VENV)/.dependencies: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja cmake tabulate tqdm matplotlib \
-	    pytest hypothesis mpmath onnx onnxscript onnxruntime scikit-learn
+	    pytest pytest-xdist hypothesis mpmath onnx onnxscript onnxruntime scikit-learn
 	touch $@
 
 # Not editable: the compiled module in the source folder would serve one torch only.

@@ -139,12 +139,14 @@ def cases(device: str, quick: bool) -> list[Case]:
             return [small, *cnn(128, 32, 32, 32)]
         rows = [Case("linear layer", (n, 1024), (1024,)) for n in (16384, 4096)]
         maps = [*cnn(256, 64, 32, 32), *cnn(128, 32, 32, 32), *channels_last(32, 64, 56, 56)]
-        return [small, *maps, *rows, *block(8, 512, 3072)]
+        odd = cnn(64, 256, 14, 14)[1]  # rows that are no whole vectors, as in a ResNet
+        return [small, *maps, odd, *rows, *block(8, 512, 3072)]
     if quick:
         return [small, *cnn(256, 64, 64, 64), block(8, 2048, 4096)[0]]
     maps = [case for t in (f32, bf16) for case in (*cnn(256, 64, 64, 64, t), *channels_last(256, 64, 64, 64, t))]
+    odd = [cnn(256, 1024, 14, 14, t)[1] for t in (f32, bf16)]
     rows = [Case("linear layer", (n, 1024), (1024,)) for n in (131072, 16384)]
-    return [small, *maps, *rows, *block(8, 2048, 4096), *block(16, 2048, 8192)[::2]]
+    return [small, *maps, *odd, *rows, *block(8, 2048, 4096), *block(16, 2048, 8192)[::2]]
 
 
 # The providers: functions of u and the four parameters, so that none pays for an nn.Module's call.

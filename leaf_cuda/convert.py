@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
+from .functional import arithmetic_dtype
 from .modules import AHAF, LEAF, LearnableActivation, size_of
 from .optim import split_activation_parameters
 from .recurrent import Recurrent
@@ -536,8 +537,8 @@ class _Conversion:
         dtype, device = place.inputs[0][1:] if place.inputs else self._parameter_near(place)
         if not dtype.is_floating_point:
             raise _KeptFor(f"its input is of {dtype}")
-        dtype = dtype if dtype == torch.float64 else torch.float32
-        new = options["kind"](size=size, init_as=options["init_as"], device=device, dtype=dtype)
+        like = {"device": device, "dtype": arithmetic_dtype(dtype)}
+        new = options["kind"](size=size, init_as=options["init_as"], **like)
         return new.train(place.parent.training)
 
     def _parameter_near(self, place: _Place) -> tuple[torch.dtype, torch.device]:

@@ -12,6 +12,11 @@ from . import _ops, reference, sharding
 from .function import LeafFunction, takes_function
 
 
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic on tensors of this one, and of LEAF's parameters beside weights of it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class FallbackWarning(UserWarning):
     """leaf_cuda runs the PyTorch formula, because this build has no fused kernel for the device."""
 
@@ -32,19 +37,22 @@ def _warn_fallback(device: str) -> None:
         f"leaf_cuda has no fused kernel for device '{device}' in this build and runs the PyTorch formula there; "
         f"for the fused kernel, {how}",
         FallbackWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
 def _as_tensors(function: str, u: Tensor, parameters) -> list[Tensor | None]:
     """The parameters with tensors in the place of numbers, in the arithmetic dtype, and so those of u's: half precision
     would round the numbers."""
-    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(u.dtype)
     tensors = []
     for name, p in zip(("p1", "p2", "p3", "p4"), parameters, strict=True):
         optional = name in ("p2", "p4")
         symbolic = isinstance(p, (torch.SymInt, torch.SymFloat))
-        if symbolic or (isinstance(p, numbers.Real) and not isinstance(p, bool)):
+        number = isinstance(p, numbers.Real) and not isinstance(p, bool)
+        if number and optional and p == 0:
+            p = None
+        elif symbolic or number:
             try:
                 p = torch.full((), p if symbolic else float(p), dtype=dtype, device=u.device)
             except (OverflowError, RuntimeError):  # beyond float64, beyond float32
@@ -90,33 +98,35 @@ def leaf(u: Tensor, p1, p2, p3, p4) -> Tensor:
             raise TypeError(f"leaf: u is of type {type(u).__name__}; it takes a tensor")
         p1, p2, p3, p4 = _as_tensors("leaf", u, (p1, p2, p3, p4))
     sharding.prepare(u)
-    if not _ops.has_kernel(u.device.type):
-        y = _composite(u, p1, p2, p3, p4)
-        _warn_fallback(u.device.type)
-        return y
-    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():  # a graph of standard operators
-        return _composite(u, p1, p2, p3, p4)
+    if runs_reference(u):
+        return run_reference(
+            "leaf", _ops.leaf_forward, reference.leaf, {"u": u, "p1": p1, "p2": p2, "p3": p3, "p4": p4}
+        )
     if takes_function():
         return LeafFunction.apply(u, p1, p2, p3, p4)
     return _ops.leaf_forward(u, p1, p2, p3, p4)
 
 
-def _composite(u: Tensor, *parameters: Tensor | None) -> Tensor:
-    _check("leaf", _ops.leaf_forward, {"u": u}, parameters)
-    return reference.leaf(u, *parameters)
+def runs_reference(u: Tensor) -> bool:
+    """Whether there is no fused kernel for u's device, or a graph of standard operators is wanted."""
+    return not _ops.has_kernel(u.device.type) or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
 
 
-def _check(function: str, operator, tensors: dict, parameters) -> None:
-    """The operator's checks, without its work."""
-    name, u = next(iter(tensors.items()))
-    named = {**tensors, **dict(zip(("p1", "p2", "p3", "p4"), parameters, strict=True))}
-    for other, t in named.items():
+def run_reference(function: str, operator, formula, tensors: dict[str, Tensor | None], *others):
+    """``formula(*tensors.values(), *others)``, behind the checks of the operator, whose arguments these are; warns where
+    it stands for a missing kernel."""
+    (first, u), *_ = tensors.items()
+    for name, t in tensors.items():
         if t is not None and t.device != u.device:
             raise ValueError(
-                f"{function}: {other} is on {t.device}, but {name} is on {u.device}; all tensors take one device"
+                f"{function}: {name} is on {t.device}, but {first} is on {u.device}; all tensors take one device"
             )
-    with torch.no_grad():
-        operator(*(t if t is None else t.to("meta") for t in named.values()))
+    arguments = (*tensors.values(), *others)
+    with torch.no_grad():  # the checks without the work
+        operator(*(t.to("meta") if isinstance(t, Tensor) else t for t in arguments))
+    if not _ops.has_kernel(u.device.type):
+        _warn_fallback(u.device.type)
+    return formula(*arguments)
 
 
 def leaf_glu(a: Tensor, b: Tensor | None, p1, p2, p3, p4) -> Tensor:
@@ -154,12 +164,9 @@ def leaf_glu(a: Tensor, b: Tensor | None, p1, p2, p3, p4) -> Tensor:
     ):
         parameters = _as_tensors("leaf_glu", a, parameters)
     sharding.prepare(a)
-    fallback = not _ops.has_kernel(a.device.type)
-    if fallback or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()):
-        _check("leaf_glu", _ops.leaf_glu_forward, {"a": a, "b": b}, parameters)
-        if fallback:
-            _warn_fallback(a.device.type)
-        return reference.leaf_glu(a, b, *parameters)
+    if runs_reference(a):
+        tensors = dict(zip(("a", "b", "p1", "p2", "p3", "p4"), (a, b, *parameters), strict=True))
+        return run_reference("leaf_glu", _ops.leaf_glu_forward, reference.leaf_glu, tensors)
     return _ops.leaf_glu_forward(a, b, *parameters)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .functional import ahaf, leaf
+from .functional import ahaf, arithmetic_dtype, leaf
 
 #: The initial forms (p1, p2, p3, p4) of the authors, and two more of the same family.
 FORMS = {
@@ -41,11 +41,6 @@ def _form(init_as) -> tuple[float, float, float, float]:
         f"init_as is {init_as!r}; it takes one of {', '.join(map(repr, FORMS))}, ('Swish', beta), or a tuple "
         "(p1, p2, p3, p4)"
     )
-
-
-def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of LEAF's parameters beside weights of this one."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _size(size) -> tuple[int, ...]:

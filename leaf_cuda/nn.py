@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .functional import leaf_glu
-from .modules import LEAF, arithmetic_dtype, has_parameters_but_leaf
+from .functional import arithmetic_dtype, leaf_glu
+from .modules import LEAF, has_parameters_but_leaf
 from .recurrent import CellLEAF, LeafGRU, LeafGRUCell, LeafLSTM, LeafLSTMCell
 
 __all__ = ["CellLEAF", "LeafGLU", "LeafGRU", "LeafGRUCell", "LeafLSTM", "LeafLSTMCell", "LeafMLP"]

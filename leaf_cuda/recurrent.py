@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _ops, reference
-from .functional import _warn_fallback
-from .modules import FORMS, LearnableActivation, arithmetic_dtype, has_parameters_but_leaf
+from .functional import arithmetic_dtype, run_reference, runs_reference
+from .modules import FORMS, LearnableActivation, has_parameters_but_leaf
 
 
 class CellLEAF(LearnableActivation):
@@ -89,22 +89,20 @@ class Recurrent(nn.Module):
     def _run(self, suffix: str, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None, reverse: bool):
         """One layer, in one direction: x (steps, batch, features), or (rows, features) with batch_sizes, → output and the
         states after the last step."""
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        weights = [name + suffix for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         h, c = states if len(states) == 2 else (*states, None)
-        tensors = [x, h, c, *(getattr(self, name + suffix, None) for name in names)]
+        tensors = [x, h, c, *(getattr(self, name, None) for name in weights)]
         if _autocasts(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
         leaf = getattr(self, "leaf" + suffix)
-        arguments = (*tensors, leaf.p1, leaf.p2, leaf.p3, leaf.p4, batch_sizes, reverse)
-        fallback = not _ops.has_kernel(x.device.type)
-        if fallback or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()):
-            with torch.no_grad():  # the operator's checks, without its work
-                _ops.leaf_recurrent_forward(*(t.to("meta") if isinstance(t, Tensor) else t for t in arguments))
-            if fallback:
-                _warn_fallback(x.device.type)
-            return reference.recurrent(*arguments)
-        return _ops.leaf_recurrent_forward(*arguments)[: 1 + len(states)]
+        tensors += [leaf.p1, leaf.p2, leaf.p3, leaf.p4]
+        operator = _ops.leaf_recurrent_forward
+        if runs_reference(x):
+            names = ("input", "h", "c", *weights, *(f"leaf{suffix}.{p}" for p in ("p1", "p2", "p3", "p4")))
+            named = dict(zip(names, tensors, strict=True))
+            return run_reference(type(self).__name__, operator, reference.recurrent, named, batch_sizes, reverse)
+        return operator(*tensors, batch_sizes, reverse)[: 1 + len(states)]
 
     def _fail(self, error: type[Exception], message: str):
         raise error(f"{type(self).__name__}: {message}")

@@ -9,15 +9,6 @@ import torch
 
 import leaf_cuda
 
-#: What the code does not keep yet: (tests, as a regular expression, why). Each must fail: a fix takes its line out.
-KNOWN_VIOLATIONS = [
-    (
-        r"test_infinite_gradient_of_the_smallest_numbers",
-        "l·s·s̄ underflows to 0 before it meets an infinite g; from left to right the formula is infinite",
-    ),
-]
-
-
 #: The README's table: a feature → its tests, as a regular expression.
 FEATURES = {
     "`torch.autograd`: gradients, of any subset": r"test_gradcheck.*(granularities|forms)|subsets_that_require",
@@ -66,14 +57,6 @@ def pytest_terminal_summary(terminalreporter, config):
     Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder) / f"torch-{torch.__version__}.json"
     path.write_text(json.dumps({**where, "features": counts}, indent=1) + "\n")
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        for pattern, reason in KNOWN_VIOLATIONS:
-            if re.search(pattern, item.nodeid):
-                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
-                break
 
 
 def pytest_configure(config):

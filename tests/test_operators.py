@@ -154,7 +154,7 @@ def test_ahaf_is_leaf_without_p2_and_p4(device):
 
 
 @pytest.mark.parametrize(
-    "numbers", [(2, None, 1.5, None), (1, 0.5, 2, -1), (torch.ones(3, 1, 1), 0.5, 2, None)], ids=str
+    "numbers", [(2, None, 1.5, 0), (1, 0.5, 2, -1), (torch.ones(3, 1, 1), 0.5, 2, None), (1, -0.0, 1, 0.0)], ids=str
 )
 def test_numbers_are_constants(device, numbers):
     u, _, g = draw((2, 3, 4, 5), [(1,)] * 4, dtype=torch.float32, device=device)

@@ -573,6 +573,9 @@ def test_fallback(monkeypatch, kind, layout):
     module.leaf_l0.p1 = nn.Parameter(torch.zeros(2, 1, **float64))
     with pytest.raises(ValueError, match="p1 has shape"):
         module(x, hx)
+    module.leaf_l0.p1 = nn.Parameter(module.leaf_l0.p2.to("meta"))
+    with pytest.raises(ValueError, match=r"Leaf\w+: leaf_l0.p1 is on meta, but input is on cpu"):
+        module(x, hx)
 
 
 # ---- modules ---------------------------------------------------------------------------------------------------------

@@ -154,6 +154,10 @@ def test_without_p2_and_p4(device, dtype):
     assert_special_values(results, arguments, dtype, dtype)
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="not kept yet: l·s·s̄ underflows to 0 before it meets an infinite g; from left to right it is infinite",
+)
 @pytest.mark.parametrize("dtype, parameter_dtype", DTYPE_PAIRS[:2], ids=dtype_id)
 def test_infinite_gradient_of_the_smallest_numbers(device, dtype, parameter_dtype):
     arguments = grid(60_000, dtype, parameter_dtype)

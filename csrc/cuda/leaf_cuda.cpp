@@ -20,10 +20,12 @@ int64_t multiprocessors_of_current_device() {
 
 void run(const Args& args, const Tensor& u) {
   const c10::cuda::CUDAGuard guard(u.device());
-  const int64_t multiprocessors = multiprocessors_of_current_device();
-  const int64_t bytes = workspace_bytes(multiprocessors, args);
-  const Tensor workspace = bytes ? at::empty({bytes}, u.options().dtype(at::kByte)) : Tensor();
-  run_on(c10::cuda::getCurrentCUDAStream(), multiprocessors, args, bytes ? workspace.mutable_data_ptr() : nullptr);
+  Tensor workspace;
+  const auto allocate = [&](int64_t bytes) {
+    workspace = at::empty({bytes}, u.options().dtype(at::kByte));
+    return workspace.mutable_data_ptr();
+  };
+  run_on(c10::cuda::getCurrentCUDAStream(), multiprocessors_of_current_device(), args, allocate);
 }
 
 }  // namespace

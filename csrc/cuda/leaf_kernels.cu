@@ -18,12 +18,10 @@ struct OnStream {
 
 }  // namespace
 
-int64_t workspace_bytes(int64_t multiprocessors, const Args& args) {
-  return plan_launch(args, multiprocessors).workspace_bytes;
-}
-
-void run_on(cudaStream_t stream, int64_t multiprocessors, const Args& args, void* workspace) {
-  launch(args, plan_launch(args, multiprocessors), workspace, OnStream{stream});
+void run_on(cudaStream_t stream, int64_t multiprocessors, const Args& args,
+            const std::function<void*(int64_t)>& allocate) {
+  const LaunchPlan plan = plan_launch(args, multiprocessors);
+  launch(args, plan, plan.workspace_bytes ? allocate(plan.workspace_bytes) : nullptr, OnStream{stream});
 }
 
 }  // namespace leaf_cuda::cuda

@@ -3,11 +3,14 @@
 
 #include <cuda_runtime_api.h>
 
+#include <functional>
+
 #include "../leaf_args.h"
 
 namespace leaf_cuda::cuda {
 
-int64_t workspace_bytes(int64_t multiprocessors, const Args& args);
-void run_on(cudaStream_t stream, int64_t multiprocessors, const Args& args, void* workspace);
+// allocate(bytes): the workspace, on the device; called where one is needed.
+void run_on(cudaStream_t stream, int64_t multiprocessors, const Args& args,
+            const std::function<void*(int64_t)>& allocate);
 
 }  // namespace leaf_cuda::cuda
