@@ -710,11 +710,11 @@ int main(int argc, char** argv) {
     plans_of_a_large_device();
     return 0;
   }
+  large_plans();  // planning alone is soon done
+  plans_of_a_large_device();
   small_plans();
   glu_plans();
   cell_plans();
-  large_plans();
-  plans_of_a_large_device();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }
