@@ -57,9 +57,9 @@ struct Args {
   ParameterStrides dp_strides[kMaxSums];
   c10::ScalarType dp_dtype;
   int64_t workspace;  // bytes that partial sums may take
-  // For pitched operations: element i of an operand is at i / run · its pitch + i % run; the plan's `inner` is then 1
-  // and its `count` a multiple of `run`. With a run of 0 all operands lie as the plan says.
-  int64_t run;
+  // For pitched operations: element i of an operand is at i / line · its pitch + i % line; the plan's `inner` is then 1
+  // and its `count` a multiple of `line`. With a line of 0 all operands lie as the plan says.
+  int64_t line;
   int64_t in_pitch[kMaxInputs], out_pitch[kMaxOutputs];
 };
 

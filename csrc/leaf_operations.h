@@ -3,7 +3,7 @@
 // An operation has `inputs` and `outputs` of u's shape, in[0] is u; `sets` of parameters, four each; and adds the
 // element's shares of `sums` gradients, those of the first sets' parameters, to sum[0], sum[1], ... Input k may be one
 // element for all where `repeatable` has bit k. Of a `pitched` one each operand may have a distance of its own from row
-// to row (Args::run); where it is `always_pitched`, it always has one.
+// to row (Args::line); where it is `always_pitched`, it always has one.
 #pragma once
 
 #include "leaf_math.h"

@@ -69,33 +69,33 @@ Pass::Pass(Operation operation, const Tensor& u, at::ArrayRef<OptionalTensor> pa
   args_.in[0] = u.const_data_ptr();
   args_.in_stride[0] = 1;
   if (!by_lines) return;
-  args_.run = u.size(-1);
+  args_.line = u.size(-1);
   args_.in_pitch[0] = *line_pitch(u);
 }
 
 void Pass::add_input(const Tensor& t) {
   const int k = next_input_++;
   const bool one = is_one_element(t);
-  const bool fits = args_.run ? line_pitch(t).has_value() : same_layout(t, u_);
-  const auto copy = [&] { return args_.run ? t.contiguous() : at::empty_like(u_).copy_(t); };
+  const bool fits = args_.line ? line_pitch(t).has_value() : same_layout(t, u_);
+  const auto copy = [&] { return args_.line ? t.contiguous() : at::empty_like(u_).copy_(t); };
   inputs_[k] = one || fits ? t : copy();
   args_.in[k] = inputs_[k].const_data_ptr();
   args_.in_stride[k] = one ? 0 : 1;
-  if (args_.run && !one) args_.in_pitch[k] = *line_pitch(inputs_[k]);
+  if (args_.line && !one) args_.in_pitch[k] = *line_pitch(inputs_[k]);
 }
 
 void Pass::add_output(const Tensor& t) {
   const int k = next_output_++;
   if (!t.defined()) return;
   args_.out[k] = t.mutable_data_ptr();
-  if (args_.run) args_.out_pitch[k] = *line_pitch(t);
+  if (args_.line) args_.out_pitch[k] = *line_pitch(t);
 }
 
 int64_t Pass::window_size(int64_t bytes) {
   for (const Tensor& p : parameters_)
     if (p.defined() && !broadcast_.lies_flat(p)) bytes += p.element_size();
   const int64_t count = args_.plan.count;
-  const int64_t size = args_.run || bytes == 0 ? count : std::clamp<int64_t>(args_.workspace / 2 / bytes, 1, count);
+  const int64_t size = args_.line || bytes == 0 ? count : std::clamp<int64_t>(args_.workspace / 2 / bytes, 1, count);
   args_.workspace = std::max<int64_t>(args_.workspace - size * bytes, 0);
   return size;
 }

@@ -21,7 +21,7 @@ class StepPass {
       : cell_(cell), like_(h), hidden_(h.size(1)), bytes_(hidden_ * h.element_size()) {
     args_.operation = operation;
     args_.dtype = h.scalar_type();
-    args_.run = hidden_;
+    args_.line = hidden_;
     args_.parameters.dtype = parameters[0]->scalar_type();
     args_.parameters.matrix = {1, hidden_};
     for (int q = 0; q < 4; ++q) {

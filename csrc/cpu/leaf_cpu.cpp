@@ -182,8 +182,8 @@ class ColumnParameters {
 template <class Op>
 Operands operands_at(const Args& a, int64_t i, int64_t row) {
   const int64_t bytes = static_cast<int64_t>(c10::elementSize(a.dtype));
-  const auto offset = [&](int64_t pitch) { return a.run ? i / a.run * pitch + i % a.run : i; };
-  const auto row_pitch = [&](int64_t pitch) { return a.run ? row / a.run * pitch : row; };
+  const auto offset = [&](int64_t pitch) { return a.line ? i / a.line * pitch + i % a.line : i; };
+  const auto row_pitch = [&](int64_t pitch) { return a.line ? row / a.line * pitch : row; };
   Operands at;
   for (int k = 0; k < Op::inputs; ++k) {
     at.in[k] = static_cast<const char*>(a.in[k]) + bytes * a.in_stride[k] * offset(a.in_pitch[k]);
@@ -231,19 +231,19 @@ struct Segments {
 };
 
 // Columns (leaf_plan.h) as blocks of columns × chunks of rows; the partial last row is a chunk of its own. A block lies
-// within one of the operands' runs (Args::run).
+// within one of the operands' lines (Args::line).
 struct ColumnBlocks {
   Columns columns;
-  int64_t inner, run, block, blocks_in_run, blocks, rows_per_chunk, chunks;
+  int64_t inner, line, block, blocks_in_line, blocks, rows_per_chunk, chunks;
 
   // Blocks of `most` columns at most, tasks of task_elements at least.
   ColumnBlocks(const Args& a, int64_t most, int64_t task_elements) : inner(a.plan.inner) {
-    const bool fold = a.run == 0 && a.plan.period() < kUnfoldedColumns;
+    const bool fold = a.line == 0 && a.plan.period() < kUnfoldedColumns;
     columns = columns_of(a.plan, fold ? kColumnMultiple : 1, fold ? kMinColumns : 1);
-    run = a.run ? a.run : columns.width;
-    block = std::min(run, most / inner * inner);  // whole parameters
-    blocks_in_run = (run + block - 1) / block;
-    blocks = columns.width / run * blocks_in_run;
+    line = a.line ? a.line : columns.width;
+    block = std::min(line, most / inner * inner);  // whole parameters
+    blocks_in_line = (line + block - 1) / block;
+    blocks = columns.width / line * blocks_in_line;
     const int64_t wanted = std::max<int64_t>(1, kTasks / blocks);
     rows_per_chunk = std::max({task_elements / block, (columns.rows + wanted - 1) / wanted, kMinRowsPerChunk});
     chunks = (columns.rows + rows_per_chunk - 1) / rows_per_chunk + (columns.tail ? 1 : 0);
@@ -254,12 +254,12 @@ struct ColumnBlocks {
   // f(chunk, first column, columns, first element, rows)
   template <class F>
   void for_task(int64_t task, F f) const {
-    const int64_t chunk = task / blocks, within = task % blocks_in_run * block;
-    const int64_t c0 = task % blocks / blocks_in_run * run + within;
+    const int64_t chunk = task / blocks, within = task % blocks_in_line * block;
+    const int64_t c0 = task % blocks / blocks_in_line * line + within;
     const bool tail = columns.tail && chunk == chunks - 1;
     const int64_t r0 = tail ? columns.rows : chunk * rows_per_chunk;
     const int64_t rows = tail ? 1 : std::min(rows_per_chunk, columns.rows - r0);
-    const int64_t n = std::min(block, tail ? columns.tail - c0 : run - within);
+    const int64_t n = std::min(block, tail ? columns.tail - c0 : line - within);
     if (n > 0) f(chunk, c0, n, r0 * columns.stride + c0, rows);
   }
 };

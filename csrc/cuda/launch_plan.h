@@ -100,13 +100,13 @@ struct ColumnsLaunch {
   bool parameter_vectors;  // a vector's parameters lie side by side, aligned
 };
 
-// `run` is Args::run: 0, or what the width must be a multiple of, and vectors must divide. at_once: blocks that the
+// `line` is Args::line: 0, or what the width must be a multiple of, and vectors must divide. at_once: blocks that the
 // device holds. sums: of each parameter, of sum_bytes each; where there are none they take no workspace.
-inline ColumnsLaunch plan_columns(const Plan& plan, int64_t run, int vector, int unroll, int64_t at_once,
+inline ColumnsLaunch plan_columns(const Plan& plan, int64_t line, int vector, int unroll, int64_t at_once,
                                   int64_t workspace, int sums, int64_t sum_bytes) {
-  ColumnsLaunch c{run ? columns_of(plan, 1, 1) : columns_of(plan, vector, kMinColumnVectors * vector), plan.count,
+  ColumnsLaunch c{line ? columns_of(plan, 1, 1) : columns_of(plan, vector, kMinColumnVectors * vector), plan.count,
                   plan.inner};
-  c.line = run ? run : c.columns.width;
+  c.line = line ? line : c.columns.width;
   const int64_t rows = c.columns.rows + (c.columns.tail ? 1 : 0);
   c.slots = c.columns.fold * plan.count;
   const int64_t width = c.columns.width / vector;

@@ -67,12 +67,12 @@ LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
   for (int k = 0; k < Op::inputs; ++k) b.vector = b.vector && (a.in_stride[k] == 0 || is_aligned(a.in[k]));
   for (int k = 0; k < Op::outputs; ++k) b.vector = b.vector && is_aligned(a.out[k]);
   const auto whole = [](int64_t elements) { return elements % kVector<S> == 0; };
-  if (a.run) {
-    b.vector = b.vector && whole(a.run);
+  if (a.line) {
+    b.vector = b.vector && whole(a.line);
     for (int k = 0; k < Op::inputs; ++k) b.vector = b.vector && whole(a.in_pitch[k]);
     for (int k = 0; k < Op::outputs; ++k) b.vector = b.vector && whole(a.out_pitch[k]);
   }
-  b.by_rows = by_rows(a.plan, sizeof(S));  // never with a run: `inner` is 1
+  b.by_rows = by_rows(a.plan, sizeof(S));  // never with lines: `inner` is 1
   const auto vector = [&] { return b.vector ? kVector<S> : 1; };
   const auto at_once = [&] {  // blocks that the device holds
     return multiprocessors * (b.by_rows ? min_blocks<Op, S, true>(b.vector) : min_blocks<Op, S, false>(b.vector));
@@ -83,7 +83,7 @@ LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
   } else {
     const auto plan = [&] {
       b.columns =
-          plan_columns(a.plan, a.run, vector(), unroll<Op, S>(b.vector), at_once(), a.workspace, sums, sum_bytes);
+          plan_columns(a.plan, a.line, vector(), unroll<Op, S>(b.vector), at_once(), a.workspace, sums, sum_bytes);
       b.sums = partial_sums(sums, b.columns.splits * b.columns.period_parts, a.plan.count);
     };
     const int64_t period = a.plan.period(), pitch = a.plan.pitch;
@@ -113,8 +113,8 @@ void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Op::sums, S
   }
   for (int k = 0; k < Op::outputs; ++k) operands.out[k] = static_cast<S*>(a.out[k]);
   if constexpr (Op::pitched) {
-    for (int k = 0; k < Op::inputs; ++k) operands.in_pitch[k] = a.run ? a.in_pitch[k] : b.columns.columns.stride;
-    for (int k = 0; k < Op::outputs; ++k) operands.out_pitch[k] = a.run ? a.out_pitch[k] : b.columns.columns.stride;
+    for (int k = 0; k < Op::inputs; ++k) operands.in_pitch[k] = a.line ? a.in_pitch[k] : b.columns.columns.stride;
+    for (int k = 0; k < Op::outputs; ++k) operands.out_pitch[k] = a.line ? a.out_pitch[k] : b.columns.columns.stride;
   }
   if constexpr (!Op::always_pitched)
     if (b.by_rows) {

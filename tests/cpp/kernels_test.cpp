@@ -144,7 +144,7 @@ void run_operation(const Case& c, const char* type, Args args, std::vector<Buffe
   const std::string what = std::string(names[static_cast<int>(args.operation)]) + " ";
   const auto named = [&](const char* detail) { return name(c, type, (what + detail).c_str()); };
   const auto at = [&](size_t k, int64_t i) {
-    return args.run ? i / args.run * args.out_pitch[k] + i % args.run : c.plan.at(i);
+    return args.line ? i / args.line * args.out_pitch[k] + i % args.line : c.plan.at(i);
   };
   for (size_t k = 0; k < out.size(); ++k) args.out[k] = out[k].data;
   for (size_t q = 0; q < dp.size(); ++q) {
@@ -293,10 +293,10 @@ void run_glu(const Case& c, const char* type) {
   args.workspace = workspace_limit(c.plan.numel(), sizeof(S));
   args.parameters.dtype = kType<P>;
   args.parameters.matrix = c.matrix();
-  args.run = c.gap < 0 ? 0 : count / c.lines;
+  args.line = c.gap < 0 ? 0 : count / c.lines;
   // Each its own; whole vectors apart where the run and the gap make whole vectors.
-  const auto pitch = [&](int k) { return args.run + c.gap + 16 * k; };
-  const auto at = [&](int k, int64_t i) { return args.run ? i / args.run * pitch(k) + i % args.run : i; };
+  const auto pitch = [&](int k) { return args.line + c.gap + 16 * k; };
+  const auto at = [&](int k, int64_t i) { return args.line ? i / args.line * pitch(k) + i % args.line : i; };
   std::vector<Buffer<S>> in;
   std::vector<Buffer<P>> p, dp;
   for (int k = 0; k < 3; ++k) {
@@ -380,7 +380,7 @@ void run_cell(bool lstm, const Case& c, const char* type) {
   args.workspace = workspace_limit(c.plan.numel(), sizeof(S));
   args.parameters.dtype = kType<P>;
   args.parameters.matrix = c.matrix();
-  args.run = count;
+  args.line = count;
   const auto pitch = [&](int k) { return count + c.gap + 16 * k; };
   const auto at = [&](int k, int64_t i) { return i / count * pitch(k) + i % count; };
   const auto fill = [&](auto& buffer) {

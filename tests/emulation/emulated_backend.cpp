@@ -36,9 +36,9 @@ void poison(void* p, int64_t bytes) {
 
 void run(const Args& a, const Tensor& u) {
   const auto is_input = [&](void* out) { return std::find(a.in, std::end(a.in), out) != std::end(a.in); };
-  const int64_t element = c10::elementSize(a.dtype), line = a.run ? a.run : a.plan.period();
+  const int64_t element = c10::elementSize(a.dtype), line = a.line ? a.line : a.plan.period();
   for (int k = 0; k < kMaxOutputs; ++k) {
-    const int64_t pitch = a.run ? a.out_pitch[k] : a.plan.pitch;
+    const int64_t pitch = a.line ? a.out_pitch[k] : a.plan.pitch;
     for (int64_t i = 0; a.out[k] && !is_input(a.out[k]) && i < a.plan.numel(); i += line)
       poison(static_cast<char*>(a.out[k]) + i / line * pitch * element, line * element);
   }
