@@ -25,8 +25,8 @@ MUTATIONS = {
     "a shared parameter too few": (KERNELS, "own += c.ty;", "own += c.ty + 1;"),
     "a row's tail is one too long": (KERNELS, "min(begin + r.inner - first,", "min(begin + r.inner + 1 - first,"),
     "a row's head is one too early": (KERNELS, "max(begin - first, int64_t{0})", "max(begin - first - 1, int64_t{0})"),
-    "the neighbours' shares in a row's sums": (KERNELS, "e >= from && e < to ? total[q] : before[q]", "total[q]"),
-    "the neighbours' outputs overwritten": (KERNELS, "if (to - from == N) {", "if (to == N) {"),
+    "the neighbours' shares in a row's sums": (KERNELS, "is_wanted(e) ? total[q] : before[q]", "total[q]"),
+    "the neighbours' outputs overwritten": (KERNELS, "if (!Part || to - from == N) {", "if (!Part || to == N) {"),
     "a vector behind the end": (KERNELS, "slots[j].first + N <= end", "slots[j].first <= end"),
     "the columns' tail is one too short": (
         KERNELS,

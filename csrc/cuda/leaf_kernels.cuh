@@ -246,25 +246,6 @@ struct Operands {
     return loaded;
   }
 
-  // Runs the operation on what was loaded from there, and stores the outputs. With PerElement each of the N elements
-  // has its own parameters p[e·sets] and sums sum[e·sums], else they share p and sum.
-  template <bool PerElement, int N>
-  __device__ __forceinline__ void run(const Place& place, const Loaded<N>& loaded, const Parameters<Arithmetic<S>>* p,
-                                      Arithmetic<S>* sum) const {
-    Vector<S, N> x[Op::inputs], y[Op::outputs];
-#pragma unroll
-    for (int k = 0; k < Op::inputs; ++k) x[k] = elements<S, N>(loaded.in[k]);
-#pragma unroll
-    for (int e = 0; e < N; ++e) {
-      const auto input = [&](int k) { return x[k].at[e]; };
-      const auto output = [&](int k, S value) { y[k].at[e] = value; };
-      apply(input, p + PerElement * e * Op::sets, output, sum + PerElement * e * Op::sums);
-    }
-#pragma unroll
-    for (int k = 0; k < Op::outputs; ++k)
-      if (!Op::sums || out[k]) store_vector(out[k] + out_at(k, place), y[k]);
-  }
-
   // The first n of N consecutive elements of each input: where the others are behind its end.
   template <int N>
   __device__ __forceinline__ Loaded<N> load_part(const Place& place, int n, const Loaded<N>& repeated) const {
@@ -281,11 +262,14 @@ struct Operands {
     return loaded;
   }
 
-  // As run, of the elements from, ..., to − 1 alone. All N are computed, since a warp's other threads have them all;
-  // the others' outputs are not stored, their sums are taken back.
-  template <bool PerElement, int N>
-  __device__ __forceinline__ void run_part(const Place& place, int from, int to, const Loaded<N>& loaded,
-                                           const Parameters<Arithmetic<S>>* p, Arithmetic<S>* sum) const {
+  // Runs the operation on what was loaded from there, and stores the outputs. With PerElement each of the N elements
+  // has its own parameters p[e·sets] and sums sum[e·sums], else they share p and sum. With Part it is for the elements
+  // from, ..., to − 1 alone: all N are computed, since a warp's other threads have them all, but the others' outputs
+  // are not stored, and their sums are taken back.
+  template <bool PerElement, bool Part, int N>
+  __device__ __forceinline__ void run(const Place& place, const Loaded<N>& loaded, const Parameters<Arithmetic<S>>* p,
+                                      Arithmetic<S>* sum, int from = 0, int to = N) const {
+    const auto is_wanted = [&](int e) { return !Part || (e >= from && e < to); };
     Vector<S, N> x[Op::inputs], y[Op::outputs];
 #pragma unroll
     for (int k = 0; k < Op::inputs; ++k) x[k] = elements<S, N>(loaded.in[k]);
@@ -299,18 +283,18 @@ struct Operands {
       for (int q = 0; q < Op::sums; ++q) before[q] = total[q];
       apply(input, p + PerElement * e * Op::sets, output, total);
 #pragma unroll
-      for (int q = 0; q < Op::sums; ++q) total[q] = e >= from && e < to ? total[q] : before[q];
+      for (int q = 0; q < Op::sums; ++q) total[q] = is_wanted(e) ? total[q] : before[q];
     }
 #pragma unroll
     for (int k = 0; k < Op::outputs; ++k) {
       if (Op::sums && !out[k]) continue;
       S* const first = out[k] + out_at(k, place);
-      if (to - from == N) {
+      if (!Part || to - from == N) {
         store_vector(first, y[k]);
       } else {
 #pragma unroll
         for (int e = 0; e < N; ++e)
-          if (e >= from && e < to) first[e] = y[k].at[e];
+          if (is_wanted(e)) first[e] = y[k].at[e];
       }
     }
   }
@@ -451,11 +435,8 @@ __device__ __forceinline__ void run_rows(const RowsLaunch& r, int64_t k, int64_t
 #pragma unroll
     for (int j = 0; j < Unroll; ++j) {
       const auto& slot = slots[j];
-      if (slot.from >= slot.to) continue;
-      if (Aligned)
-        a.template run<false>({0, slot.first}, loaded[j], p, share);
-      else
-        a.template run_part<false>({0, slot.first}, slot.from, slot.to, loaded[j], p, share);
+      if (slot.from < slot.to)
+        a.template run<false, !Aligned>({0, slot.first}, loaded[j], p, share, slot.from, slot.to);
     }
 #pragma unroll
     for (int q = 0; q < Op::sums; ++q) sum[q] += share[q];
@@ -624,12 +605,12 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S, N, false>)
 #pragma unroll
       for (int j = 0; j < Unroll; ++j) {
         if (row + j * step >= end) break;
-        a.template run<true>(place(row + j * step), loaded[j], p, sum);
+        a.template run<true, false>(place(row + j * step), loaded[j], p, sum);
       }
     }
     if (const int rest = N > 1 ? t.rest(c) : 0) {
       const auto of_rest = place(at(c.columns.rows));
-      a.template run_part<true, N>(of_rest, 0, rest, a.load_part(of_rest, rest, repeated), p, sum);
+      a.template run<true, true>(of_rest, a.load_part(of_rest, rest, repeated), p, sum, 0, rest);
     }
   }
   if constexpr (Op::sums > 0)
