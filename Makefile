@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/python examples/paper_experiments.py --quick
 
 test: install test-cpp
-	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # What takes long: planted bugs, tensors of more than 2^31 elements.
 test-slow: install

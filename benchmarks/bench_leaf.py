@@ -144,7 +144,7 @@ def cases(device: str, quick: bool) -> list[Case]:
     if quick:
         return [small, *cnn(256, 64, 64, 64), block(8, 2048, 4096)[0]]
     maps = [case for t in (f32, bf16) for case in (*cnn(256, 64, 64, 64, t), *channels_last(256, 64, 64, 64, t))]
-    odd = [cnn(256, 1024, 14, 14, t)[1] for t in (f32, bf16)]
+    odd = [cnn(256, 2048, 7, 7, t)[1] for t in (f32, bf16)]
     rows = [Case("linear layer", (n, 1024), (1024,)) for n in (131072, 16384)]
     return [small, *maps, *odd, *rows, *block(8, 2048, 4096), *block(16, 2048, 8192)[::2]]
 

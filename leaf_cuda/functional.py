@@ -50,7 +50,9 @@ def _as_tensors(function: str, u: Tensor, parameters) -> list[Tensor | None]:
         optional = name in ("p2", "p4")
         symbolic = isinstance(p, (torch.SymInt, torch.SymFloat))
         number = isinstance(p, numbers.Real) and not isinstance(p, bool)
-        if number and optional and p == 0:
+        if (
+            optional and number and not torch.compiler.is_compiling() and p == 0
+        ):  # traced, p may be symbolic all the same
             p = None
         elif symbolic or number:
             try:

@@ -150,7 +150,8 @@ def test_routes_agree_bitwise(device):
 def test_ahaf_is_leaf_without_p2_and_p4(device):
     u, (p1, _, p3, _), g = draw(*GRANULARITIES["channel"](3, 4, 5, 6), dtype=torch.float32, device=device)
     assert torch.equal(leaf_cuda.ahaf(u, p1, p3), leaf_cuda.leaf(u, p1, None, p3, None))
-    assert torch.equal(leaf_cuda.ahaf(u, p1, p3), leaf_cuda.leaf(u, p1, 0, p3, 0))
+    zero = torch.zeros((), device=device)
+    assert torch.equal(leaf_cuda.ahaf(u, p1, p3), leaf_cuda.leaf(u, p1, zero, p3, zero))
 
 
 @pytest.mark.parametrize(

@@ -111,14 +111,15 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t line, int vector, in
   c.slots = c.columns.fold * plan.count;
   const int64_t width = c.columns.width / vector;
   const int64_t unit = std::lcm(plan.inner, int64_t{vector}) / vector;
-  // As few rows to a block as give the device's threads enough, and sums few enough terms: a block has loads and sums
-  // of its own. At most as many as leave a warp's width. Their sums meet in shared memory, those of splits in the
-  // workspace. Few tiles are made alike.
-  const int64_t for_device = std::max<int64_t>(at_once * kMaxThreads / width, 1);
-  const int64_t for_sums = sums ? ceil_div(rows, kMaxSerialSum) : 1;
-  const int64_t rows_in_block = std::max(std::bit_floor(uint64_t(for_device)), std::bit_ceil(uint64_t(for_sums)));
-  const int64_t at_a_time =
-      std::clamp<int64_t>(std::min(ceil_div(rows, unroll), rows_in_block), 1, kMaxThreads / kWarp);
+  // As few rows to a block as give the device's threads enough, for a block has loads and sums of its own, and at most
+  // as many as leave a warp's width. Their sums meet in shared memory, those of splits in the workspace. Few tiles are
+  // made alike.
+  constexpr int64_t kMostRows = kMaxThreads / kWarp;
+  const int64_t for_device = std::max(at_once, kManyTiles * kMostRows) * kMaxThreads / width;
+  // Half as many terms as a sum may have: of few, eager PyTorch's sums lose less.
+  const int64_t for_sums = sums ? ceil_div(2 * rows, kMaxSerialSum) : 1;
+  const int64_t enough = std::max(std::bit_floor(uint64_t(for_device)), std::bit_ceil(uint64_t(for_sums)));
+  const int64_t at_a_time = std::min({ceil_div(rows, unroll), enough, kMostRows});
   const int64_t widest = kMaxThreads / unit * unit, narrow = kMaxThreads / at_a_time / unit * unit;
   const int64_t tiles = std::max(ceil_div(width, widest), width / narrow);
   c.tx = static_cast<int>(tiles < kManyTiles ? round_up(ceil_div(width, tiles), unit) : narrow);
