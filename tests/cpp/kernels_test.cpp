@@ -294,7 +294,7 @@ void run_glu(const Case& c, const char* type) {
   args.parameters.dtype = kType<P>;
   args.parameters.matrix = c.matrix();
   args.line = c.gap < 0 ? 0 : count / c.lines;
-  // Each its own; whole vectors apart where the run and the gap make whole vectors.
+  // Each its own; whole vectors apart where the line and the gap make whole vectors.
   const auto pitch = [&](int k) { return args.line + c.gap + 16 * k; };
   const auto at = [&](int k, int64_t i) { return args.line ? i / args.line * pitch(k) + i % args.line : i; };
   std::vector<Buffer<S>> in;
