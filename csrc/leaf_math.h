@@ -6,7 +6,7 @@
 //
 // M supplies the arithmetic: a type M::T with + - *, and
 //   M::exp_neg_abs(z)           e^(−|z|), 0 for infinite z, NaN for NaN
-//   M::reciprocal(x)            1/x for x in [1, 2]
+//   M::divide(a, b)             a/b for b in [1, 2]
 //   M::multiply_add(a, b, c)    a·b + c, for where a compiler might fuse either of two products: the same bits wherever
 //                               the function is inlined
 //   M::select(z, a, b)          a where z ≥ 0, else b
@@ -38,13 +38,27 @@ template <class M>
 LEAF_FUNCTION Sigmoid<typename M::T> sigmoid(const typename M::T& z) {
   using T = typename M::T;
   const T e = M::exp_neg_abs(z);
-  const T r = M::reciprocal(1 + e);
+  const T r = M::divide(T{} + 1, 1 + e);
   const T complement = e * r;
   return {M::select(z, r, complement), complement - complement * complement};
 }
 
+// The value alone, by one division: as good, and a product less.
+template <class M>
+LEAF_FUNCTION typename M::T sigmoid_value(const typename M::T& z) {
+  using T = typename M::T;
+  const T e = M::exp_neg_abs(z);
+  return M::divide(M::select(z, T{} + 1, e), 1 + e);
+}
+
 template <class M>
 LEAF_FUNCTION typename M::T leaf(const typename M::T& u, const Parameters<typename M::T>& p) {
+  return (p.p1 * u + p.p2) * sigmoid_value<M>(p.p3 * u) + p.p4;
+}
+
+// The same in a backward that takes the derivatives there too: σ is the one of theirs, which compilers see.
+template <class M>
+LEAF_FUNCTION typename M::T leaf_again(const typename M::T& u, const Parameters<typename M::T>& p) {
   return (p.p1 * u + p.p2) * sigmoid<M>(p.p3 * u).value + p.p4;
 }
 

@@ -102,7 +102,7 @@ struct GluForward {
   }
 };
 
-// (u, b, grad) → du, db, Σ dp1, ..., Σ dp4. (The two calls have their σ in common: compilers see it.)
+// (u, b, grad) → du, db, Σ dp1, ..., Σ dp4
 struct GluBackward {
   static constexpr Operation operation = Operation::glu_backward;
   static constexpr int inputs = 3, outputs = 2, sets = 1, sums = 4;
@@ -112,7 +112,7 @@ struct GluBackward {
   template <class M, class T = typename M::T>
   static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T* sum) {
     out[0] = gradient<M>(in[0], in[2] * in[1], p[0], sum);
-    out[1] = in[2] * leaf<M>(in[0], p[0]);
+    out[1] = in[2] * leaf_again<M>(in[0], p[0]);
   }
 };
 
@@ -143,13 +143,14 @@ struct LstmBackward {
 
   template <class M, class T = typename M::T>
   static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T* sum) {
-    const T i = leaf<M>(in[0], p[0]), f = leaf<M>(in[1], p[1]), g = leaf<M>(in[2], p[2]), o = leaf<M>(in[3], p[3]);
+    const T i = leaf_again<M>(in[0], p[0]), f = leaf_again<M>(in[1], p[1]), g = leaf_again<M>(in[2], p[2]),
+            o = leaf_again<M>(in[3], p[3]);
     const T c = M::multiply_add(f, in[4], i * g);
     const T dc = in[6] + gradient<M>(c, in[5] * o, p[4], sum + 16);
     out[0] = gradient<M>(in[0], dc * g, p[0], sum);
     out[1] = gradient<M>(in[1], dc * in[4], p[1], sum + 4);
     out[2] = gradient<M>(in[2], dc * i, p[2], sum + 8);
-    out[3] = gradient<M>(in[3], in[5] * leaf<M>(c, p[4]), p[3], sum + 12);
+    out[3] = gradient<M>(in[3], in[5] * leaf_again<M>(c, p[4]), p[3], sum + 12);
     out[4] = dc * f;
   }
 };
@@ -181,9 +182,9 @@ struct GruBackward {
 
   template <class M, class T = typename M::T>
   static LEAF_FUNCTION void apply(const T* in, const Parameters<T>* p, T* out, T* sum) {
-    const T r = leaf<M>(in[0], p[0]), z = leaf<M>(in[1], p[1]);
+    const T r = leaf_again<M>(in[0], p[0]), z = leaf_again<M>(in[1], p[1]);
     const T u = M::multiply_add(r, in[3], in[2]);
-    const T n = leaf<M>(u, p[2]);
+    const T n = leaf_again<M>(u, p[2]);
     out[2] = gradient<M>(u, in[5] * (1 - z), p[2], sum + 8);
     out[0] = gradient<M>(in[0], out[2] * in[3], p[0], sum);
     out[1] = gradient<M>(in[1], in[5] * (in[4] - n), p[1], sum + 4);

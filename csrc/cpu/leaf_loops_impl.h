@@ -16,22 +16,29 @@ using leaf_cuda::cpu::kSumStride;
 using leaf_cuda::cpu::kVectorBytes;
 using leaf_cuda::cpu::Segment;
 
+// The arithmetic on elements stored as S, and its numbers.
 template <class S>
-struct ArithmeticOf {
-  using type = float;
+struct MathOf {
+  using type = Simd<float, ApproximateExpConstants>;
 };
 template <>
-struct ArithmeticOf<double> {
-  using type = double;
+struct MathOf<float> {
+  using type = Simd<float>;
+};
+template <>
+struct MathOf<double> {
+  using type = Simd<double>;
 };
 template <class S>
-using Arithmetic = typename ArithmeticOf<S>::type;
+using Math = typename MathOf<S>::type;
+template <class S>
+using Arithmetic = typename Math<S>::Number;
 
 // n elements, fewer than a vector's, by powers of two: memcpy would be a call, which leaves no vector in its register.
 template <class S>
 LEAF_FUNCTION void copy_n(S* to, const S* from, int64_t n) {
 #pragma GCC unroll 8
-  for (int size = Simd<Arithmetic<S>>::lanes / 2; size > 0; size /= 2)
+  for (int size = Math<S>::lanes / 2; size > 0; size /= 2)
     if (n & size) {
       memcpy(to, from, size * sizeof(S));
       to += size, from += size;
@@ -40,7 +47,7 @@ LEAF_FUNCTION void copy_n(S* to, const S* from, int64_t n) {
 // The first n < lanes elements; the other lanes are zero.
 template <class S>
 inline auto load_n(const S* p, int64_t n) {
-  S padded[Simd<Arithmetic<S>>::lanes] = {};
+  S padded[Math<S>::lanes] = {};
 #if LEAF_VECTOR_BYTES == 64
   masked_load<sizeof(padded)>(padded, p, (uint64_t{1} << n * sizeof(S)) - 1);
 #else
@@ -50,7 +57,7 @@ inline auto load_n(const S* p, int64_t n) {
 }
 template <class S, class V>
 inline void store_n(S* p, V v, int64_t n) {
-  S padded[Simd<Arithmetic<S>>::lanes];
+  S padded[Math<S>::lanes];
   store(padded, v);
   copy_n(p, padded, n);
 }
@@ -72,7 +79,7 @@ struct Operands {
   using Op = Op_;
   using S = S_;
   using T = Arithmetic<S>;
-  using M = Simd<T>;
+  using M = Math<S>;
   using V = typename M::V;
 
   const S* in[Op::inputs];
@@ -87,7 +94,7 @@ struct Operands {
   V load_n(int k, int64_t i, int64_t n) const { return is_repeated(k) ? ::load(in[k]) : ::load_n(in[k] + i, n); }
   void store(int k, int64_t i, V v) const {
     if (!wants(k)) return;
-    if (Streamed)
+    if constexpr (Streamed)
       stream(out[k] + i, v);
     else
       ::store(out[k] + i, v);
@@ -369,7 +376,11 @@ void columns(const Block<O>& b, typename O::T* sums) {
 template <class Op, class S>
 struct Typed {
   using Given = leaf_cuda::cpu::Operands;
-  static constexpr int lanes = Simd<Arithmetic<S>>::lanes;
+  static constexpr int lanes = Math<S>::lanes;
+  // Stores past the caches pay where they leave the processor as whole lines: along a run two halves still do, of the
+  // rows of a tile, whose lines are all begun before one is full, not (docs/performance.md).
+  static constexpr bool may_stream_segments = lanes * sizeof(S) >= kVectorBytes / 2;
+  static constexpr bool may_stream_columns = lanes * sizeof(S) == kVectorBytes;
 
   template <unsigned Repeated, bool Streamed, class F>
   static void call(const Given& given, F f) {
@@ -389,15 +400,15 @@ struct Typed {
     f(a);
   }
 
-  // f(Operands) of the type that fits; `stride` elements lie from row to row. (Streams are for where it pays: where
-  // nothing is repeated.)
-  template <unsigned Repeated = 0, class F>
+  // f(Operands) of the type that fits; `stride` elements lie from row to row. (Where an input is repeated, nothing is
+  // streamed.)
+  template <bool MayStream, unsigned Repeated = 0, class F>
   static void dispatch(const Given& given, int64_t stride, bool stream, F f) {
     unsigned mask = 0;
     for (int k = 1; k < Op::inputs; ++k) mask |= unsigned{given.in_stride[k] == 0} << k & Op::repeatable;
     if constexpr (Repeated < Op::repeatable)
-      if (mask != Repeated) return dispatch<Repeated + 2>(given, stride, stream, f);
-    if constexpr (Repeated == 0)
+      if (mask != Repeated) return dispatch<MayStream, Repeated + 2>(given, stride, stream, f);
+    if constexpr (MayStream && Repeated == 0)
       if (stream && are_aligned(given, stride)) return call<Repeated, true>(given, f);
     call<Repeated, false>(given, f);
   }
@@ -413,12 +424,12 @@ struct Typed {
   static void run_segments(const Given& given, const Segment* segment, int64_t count, const double* p, bool stream,
                            double* sums) {
     for (int64_t k = 0; k < count; ++k) stream = stream && segment[k].begin % lanes == 0;
-    dispatch(given, 0, stream, [&](const auto& a) { segments(a, segment, count, p, sums); });
+    dispatch<may_stream_segments>(given, 0, stream, [&](const auto& a) { segments(a, segment, count, p, sums); });
   }
 
   static void run_columns(const Given& given, int64_t rows, int64_t stride, int64_t n, const void* const* p,
                           bool stream, void* sums) {
-    dispatch(given, stride, stream, [&](const auto& a) {
+    dispatch<may_stream_columns>(given, stride, stream, [&](const auto& a) {
       using O = std::remove_cvref_t<decltype(a)>;
       columns(Block<O>{a, rows, stride, n, ColumnParameters<typename O::T, Op::sets>(p)},
               static_cast<typename O::T*>(sums));

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if LEAF_VECTOR_BYTES >= 32
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -49,7 +49,7 @@ struct ExpConstants<float> {
   static constexpr int bias = 127 + 64;
   static constexpr float down = 0x1p-64f;                 // e^x / down is normal wherever e^x is not 0
   static constexpr float round_magic = 0x1.8p23f + bias;  // adding it rounds to an integer n; the low bits are bias + n
-  static constexpr float zero_below = -104.0f;            // e^-104 rounds to 0
+  static constexpr float zero_at = -132.39111f;           // −bias·ln2: there n is −bias, the exponent of 0
   static constexpr float log2e = 0x1.715476p+0f;
   static constexpr float ln2_hi = 0x1.63p-1f, ln2_lo = -2.1219444005469058e-4f;  // n·ln2_hi is exact
   static constexpr float c[] = {0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558f2p-5f, 0x1.1239e2p-7f, 0x1.6a2434p-10f};
@@ -61,13 +61,18 @@ struct ExpConstants<double> {
   static constexpr int bias = 1023 + 512;
   static constexpr double down = 0x1p-512;
   static constexpr double round_magic = 0x1.8p52 + bias;
-  static constexpr double zero_below = -746.0;
+  static constexpr double zero_at = -1063.980922159516;
   static constexpr double log2e = 0x1.71547652b82fep+0;
   static constexpr double ln2_hi = 0x1.62e42feep-1, ln2_lo = 1.90821492927058770002e-10;
   static constexpr double c[] = {0x1.000000000000ap-1,  0x1.55555555554fap-3,  0x1.555555555087cp-5,
                                  0x1.1111111127be5p-7,  0x1.6c16c1842a11dp-10, 0x1.a01a012a57b51p-13,
                                  0x1.a0199a0c677acp-16, 0x1.71df2552390c2p-19, 0x1.28ad72cc30daap-22,
                                  0x1.ad7f6f0799ee2p-26};
+};
+// For float16 and bfloat16: an error of 2^-23 + |x|·2^-28 is far below what these types resolve.
+struct ApproximateExpConstants : ExpConstants<float> {
+  static constexpr float ln2_hi = 0x1.62e43p-1f, ln2_lo = 0;
+  static constexpr float c[] = {0x1.fffdfcp-2f, 0x1.5557bp-3f, 0x1.572a64p-5f, 0x1.10625p-7f};
 };
 
 #if LEAF_VECTOR_BYTES == 64
@@ -86,14 +91,28 @@ inline SimdTypes<float, int32_t>::V fma(__m256 a, __m256 b, __m256 c) { return _
 inline SimdTypes<double, int64_t>::V fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 #endif
 
-template <class Scalar>
-struct Simd : SimdTypes<Scalar, typename ExpConstants<Scalar>::Int> {
-  using Types = SimdTypes<Scalar, typename ExpConstants<Scalar>::Int>;
+// The larger one, x if that is NaN. (GCC 12 makes no such instruction of the selection.)
+#if LEAF_VECTOR_BYTES == 32
+inline SimdTypes<float, int32_t>::V larger(__m256 least, __m256 x) { return _mm256_max_ps(least, x); }
+inline SimdTypes<double, int64_t>::V larger(__m256d least, __m256d x) { return _mm256_max_pd(least, x); }
+#elif defined(__x86_64__) && LEAF_VECTOR_BYTES == 16
+inline SimdTypes<float, int32_t>::V larger(__m128 least, __m128 x) { return _mm_max_ps(least, x); }
+inline SimdTypes<double, int64_t>::V larger(__m128d least, __m128d x) { return _mm_max_pd(least, x); }
+#else
+template <class V>
+inline V larger(V least, V x) {
+  return x < least ? least : x;
+}
+#endif
+
+template <class Scalar, class C = ExpConstants<Scalar>>
+struct Simd : SimdTypes<Scalar, typename C::Int> {
+  using Types = SimdTypes<Scalar, typename C::Int>;
   using Types::lanes;
   using V = typename Types::V;
   using I = typename Types::I;
-  using C = ExpConstants<Scalar>;
   using T = V;  // leaf_math.h's name for it
+  using Number = Scalar;
 
   static V broadcast(Scalar x) {
     V v;
@@ -102,7 +121,7 @@ struct Simd : SimdTypes<Scalar, typename ExpConstants<Scalar>::Int> {
   }
   // By the sign bit alone, which takes no comparison: −0 counts as below 0, where a and b are the same.
   static V select(V z, V a, V b) { return bit_cast<I>(z) < 0 ? b : a; }
-  static V reciprocal(V x) { return 1 / x; }
+  static V divide(V a, V b) { return a / b; }
   static V multiply_add(V a, V b, V c) {
 #if LEAF_VECTOR_BYTES >= 32
     return fma(a, b, c);
@@ -113,17 +132,17 @@ struct Simd : SimdTypes<Scalar, typename ExpConstants<Scalar>::Int> {
 
   static LEAF_FUNCTION V exp_neg_abs(V z) {
     const V x = bit_cast<V>(bit_cast<I>(z) | bit_cast<I>(broadcast(Scalar(-0.0))));
-    const auto is_zero = x < C::zero_below;
+    // Where e^x is 0 it is not made so by underflow: results in the subnormal range are slow on some processors, and
+    // with LEAF's ReLU form (p3 = 2^16) almost every lane is one of them.
 #if LEAF_VECTOR_BYTES == 64
     const V t = x;  // scale's mask leaves those lanes out: what is above it need not wait for the comparison
 #else
-    // Lanes that end as 0 are computed at 0, not by underflow: results in the subnormal range are slow on some
-    // processors, and with LEAF's ReLU form (p3 = 2^16) almost every lane is one of them.
-    const V t = is_zero ? V{} : x;
+    const V t = larger(broadcast(C::zero_at), x);  // there 2^n / down is made as 0
 #endif
     const V shifted = t * C::log2e + C::round_magic;
     const V n = shifted - C::round_magic;
-    const V r = (t - n * C::ln2_hi) - n * C::ln2_lo;
+    V r = t - n * C::ln2_hi;
+    if constexpr (C::ln2_lo != 0) r -= n * C::ln2_lo;
     // Pairs of coefficients by r, the pairs by r²: a short chain of operations that wait for one another, for that is
     // what bounds the loops.
     constexpr int count = sizeof(C::c) / sizeof(Scalar);
@@ -135,11 +154,11 @@ struct Simd : SimdTypes<Scalar, typename ExpConstants<Scalar>::Int> {
     for (int k = last - 2; k >= 0; k -= 2) q = q * r2 + pair(k);
     const V e = q * r2 + r + 1;
 #if LEAF_VECTOR_BYTES == 64
-    return is_zero ? V{} : scale(e, n);
+    return x < C::zero_at ? V{} : scale(e, n);
 #else
     // Two factors, so that a subnormal result is rounded once: 2^n / down, made of its exponent, and down.
     const V factor = bit_cast<V>(bit_cast<I>(shifted) << C::mantissa_bits);
-    return (is_zero ? V{} : e * factor) * C::down;
+    return e * factor * C::down;
 #endif
   }
 };
@@ -263,11 +282,11 @@ inline void masked_load(void* to, const void* from, uint64_t mask) {
 }
 #endif
 
-// Past the caches, p aligned to a vector of S: for results that no cache could hold, whose lines need not be read
-// first.
+#if LEAF_VECTOR_BYTES >= 32
+// Past the caches, p aligned to the stored vector, of 32 bytes or more: for results that no cache could hold, whose
+// lines need not be read first.
 template <class S, class V>
 inline void stream(S* p, V v) {
-#if LEAF_VECTOR_BYTES >= 32
   constexpr int bytes = sizeof(V) / sizeof(V{}[0]) * sizeof(S);
   alignas(bytes) S stored[bytes / sizeof(S)];
   store(stored, v);
@@ -275,9 +294,6 @@ inline void stream(S* p, V v) {
   if constexpr (bytes == 64) return _mm512_stream_si512((__m512i*)p, bit_cast<__m512i>(stored));
 #endif
   if constexpr (bytes == 32) return _mm256_stream_si256((__m256i*)p, bit_cast<__m256i>(stored));
-  if constexpr (bytes == 16) return _mm_stream_si128((__m128i*)p, bit_cast<__m128i>(stored));
-#else
-  store(p, v);
-#endif
 }
+#endif
 }  // namespace
