@@ -73,7 +73,7 @@ def main() -> None:
         times = {case: [] for case in cases}
         for case in cases.values():
             seconds(*case)
-        for _ in tqdm(range(args.rounds), desc=str(dtype), unit="round"):
+        for _ in tqdm(range(args.rounds), desc=str(dtype), unit="round", disable=None):
             for case in random.sample(list(cases), len(cases)):
                 times[case].append(seconds(*cases[case]))
         for (name, count, packed), own in times.items():

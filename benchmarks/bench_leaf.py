@@ -542,7 +542,7 @@ def main() -> None:
     for provider in args.without:
         del FUNCTIONS[provider]
     where, results = machine(args), []
-    with tqdm(total=len(chosen) * len(TENSORS_MOVED) * args.rounds, unit="round") as progress:
+    with tqdm(total=len(chosen) * len(TENSORS_MOVED) * args.rounds, unit="round", disable=None) as progress:
         for case in chosen:
             progress.set_description(str(case))
             results += run_case(dataclasses.replace(case, threads=case.threads or args.threads), args, progress)

@@ -97,7 +97,7 @@ def main() -> None:
     x = torch.randn(args.batch, 3, 32, 32, device=args.device)
     target = torch.randint(10, (args.batch,), device=args.device)
     lines = []
-    with tqdm(total=len(NETWORKS) * args.rounds, unit="round") as progress:
+    with tqdm(total=len(NETWORKS) * args.rounds, unit="round", disable=None) as progress:
         for network in NETWORKS:
             torch._dynamo.reset()
             trainings = {name: Training(network, make, x, target) for name, make in ACTIVATIONS.items()}

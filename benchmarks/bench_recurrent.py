@@ -71,7 +71,7 @@ def main() -> None:
         times = {name: [] for name in layers}
         for layer in layers.values():
             seconds(layer.to(args.device), x)
-        for _ in tqdm(range(args.rounds), desc=kind, unit="round"):
+        for _ in tqdm(range(args.rounds), desc=kind, unit="round", disable=None):
             for name in random.sample(list(layers), len(layers)):
                 times[name].append(seconds(layers[name], x))
         others = (f"nn.{kind}", "eager operations")

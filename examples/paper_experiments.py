@@ -369,7 +369,7 @@ def train(run: Run, data: Data, epochs: int, output: Path, processes: Processes)
         initial=min(len(training.history), epochs) * steps,
         desc=run.name,
         unit="batch",
-        disable=processes.rank > 0,
+        disable=processes.rank > 0 or None,  # None: where there is no terminal
     ) as progress:
         while len(training.history) < epochs:
             training.epoch(progress)

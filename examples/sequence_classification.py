@@ -58,7 +58,9 @@ def train(model: Classifier, data: tuple[Tensor, ...], args: argparse.Namespace,
     optimizer = torch.optim.Adam(leaf_param_groups(model, lr=args.lr))
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
-    for _ in tqdm(range(args.epochs), desc=f"{type(model.layer).__name__}, seed {seed}", unit="epoch", leave=False):
+    for _ in tqdm(
+        range(args.epochs), desc=f"{type(model.layer).__name__}, seed {seed}", unit="epoch", leave=False, disable=None
+    ):
         for batch in torch.randperm(len(x), generator=generator).split(args.batch):
             optimizer.zero_grad()
             F.cross_entropy(model(x[batch]), y[batch]).backward()
