@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import sys
 import warnings
 
 import torch
@@ -24,6 +25,15 @@ class FallbackWarning(UserWarning):
 _warned: set[str] = set()
 
 
+def _stacklevel_of_caller() -> int:
+    """That of the line which called leaf_cuda, itself or through a module, for a warning by who calls this."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("leaf_cuda", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+@torch.compiler.assume_constant_result  # Dynamo calls it when it traces: it does not know how to trace a warning
 def _warn_fallback(device: str) -> None:
     if device in _warned:
         return
@@ -37,7 +47,7 @@ def _warn_fallback(device: str) -> None:
         f"leaf_cuda has no fused kernel for device '{device}' in this build and runs the PyTorch formula there; "
         f"for the fused kernel, {how}",
         FallbackWarning,
-        stacklevel=4,
+        stacklevel=_stacklevel_of_caller(),
     )
 
 

@@ -421,6 +421,22 @@ def test_fallback(no_cpu_kernel):
     assert caught[0].filename == __file__.replace("test_operators", "cases")  # who called leaf
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda u: leaf_cuda.leaf(u, torch.ones(1), None, torch.ones(1), None),
+        lambda u: leaf_cuda.ahaf(u, torch.ones(1), torch.ones(1)),
+        lambda u: torch.nn.Sequential(leaf_cuda.LEAF())(u),
+        lambda u: leaf_cuda.nn.LeafGRU(3, 2)(u),
+        lambda u: torch.compile(leaf_cuda.LEAF(), fullgraph=True, backend="eager")(u),
+    ],
+)
+def test_fallback_names_the_callers_line(no_cpu_kernel, call):
+    with pytest.warns(leaf_cuda.FallbackWarning) as caught:
+        call(torch.ones(4, 3))
+    assert caught[0].filename == __file__
+
+
 def test_fallback_checks_its_arguments(no_cpu_kernel):
     with pytest.raises(ValueError, match=r"p3 of shape \[4\]"):
         leaf_cuda.leaf(torch.ones(4, 5), torch.ones(1), None, torch.ones(4), None)
