@@ -25,10 +25,6 @@ inline Sigmoid<Tensor> sigmoid<TensorMath>(const Tensor& z) {
   const Tensor s = at::sigmoid(z);
   return {s, s * at::sigmoid(-z)};
 }
-template <>
-inline Tensor sigmoid_value<TensorMath>(const Tensor& z) {
-  return at::sigmoid(z);
-}
 
 inline bool requires_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
 

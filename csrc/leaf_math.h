@@ -6,7 +6,8 @@
 //
 // M supplies the arithmetic: a type M::T with + - *, and
 //   M::exp_neg_abs(z)           e^(−|z|), 0 for infinite z, NaN for NaN
-//   M::divide(a, b)             a/b for b in [1, 2]
+//   M::reciprocal(x)            1/x for x in [1, 2]
+//   M::divide(a, b)             a/b for b in [1, 2], if that takes no more than the reciprocal
 //   M::multiply_add(a, b, c)    a·b + c, for where a compiler might fuse either of two products: the same bits wherever
 //                               the function is inlined
 //   M::select(z, a, b)          a where z ≥ 0, else b
@@ -38,17 +39,21 @@ template <class M>
 LEAF_FUNCTION Sigmoid<typename M::T> sigmoid(const typename M::T& z) {
   using T = typename M::T;
   const T e = M::exp_neg_abs(z);
-  const T r = M::divide(T{} + 1, 1 + e);
+  const T r = M::reciprocal(1 + e);
   const T complement = e * r;
   return {M::select(z, r, complement), complement - complement * complement};
 }
 
-// The value alone, by one division: as good, and a product less.
+// The value alone: by a division as good, and a product less.
 template <class M>
 LEAF_FUNCTION typename M::T sigmoid_value(const typename M::T& z) {
   using T = typename M::T;
-  const T e = M::exp_neg_abs(z);
-  return M::divide(M::select(z, T{} + 1, e), 1 + e);
+  if constexpr (requires { M::divide(z, z); }) {
+    const T e = M::exp_neg_abs(z);
+    return M::divide(M::select(z, T{} + 1, e), 1 + e);
+  } else {
+    return sigmoid<M>(z).value;
+  }
 }
 
 template <class M>

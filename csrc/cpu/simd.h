@@ -121,6 +121,7 @@ struct Simd : SimdTypes<Scalar, typename C::Int> {
   }
   // By the sign bit alone, which takes no comparison: −0 counts as below 0, where a and b are the same.
   static V select(V z, V a, V b) { return bit_cast<I>(z) < 0 ? b : a; }
+  static V reciprocal(V x) { return 1 / x; }
   static V divide(V a, V b) { return a / b; }
   static V multiply_add(V a, V b, V c) {
 #if LEAF_VECTOR_BYTES >= 32

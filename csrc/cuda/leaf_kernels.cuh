@@ -45,7 +45,7 @@ __device__ __forceinline__ float approximate_exp2(float x) {
 struct DoubleMath {
   using T = double;
   static __device__ __forceinline__ double exp_neg_abs(double z) { return exp(-fabs(z)); }
-  static __device__ __forceinline__ double divide(double a, double b) { return a / b; }
+  static __device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
   static __device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
   static __device__ __forceinline__ double select(double z, double a, double b) { return z >= 0 ? a : b; }
 };
@@ -55,9 +55,9 @@ struct FloatMath {
   static __device__ __forceinline__ float exp_neg_abs(float z) { return expf(-fabsf(z)); }
   static __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
   // With a Newton step: without the full division's slow path.
-  static __device__ __forceinline__ float divide(float a, float b) {
-    const float r = approximate_reciprocal(b);
-    return a * fmaf(r, fmaf(-b, r, 1.0f), r);
+  static __device__ __forceinline__ float reciprocal(float x) {
+    const float r = approximate_reciprocal(x);
+    return fmaf(r, fmaf(-x, r, 1.0f), r);
   }
   static __device__ __forceinline__ float select(float z, float a, float b) { return z >= 0 ? a : b; }
 };
@@ -69,7 +69,7 @@ struct ApproximateMath : FloatMath {
     const float root = approximate_exp2(-0.5f * 1.44269504f * fabsf(z));
     return root * root;
   }
-  static __device__ __forceinline__ float divide(float a, float b) { return a * approximate_reciprocal(b); }
+  static __device__ __forceinline__ float reciprocal(float x) { return approximate_reciprocal(x); }
 };
 
 template <class S>
