@@ -46,10 +46,10 @@ template <>
 struct ExpConstants<float> {
   using Int = int32_t;
   static constexpr int mantissa_bits = 23;
-  static constexpr int bias = 127 + 64;
-  static constexpr float down = 0x1p-64f;                 // e^x / down is normal wherever e^x is not 0
+  static constexpr int bias = 127 + 26;
+  static constexpr float down = 0x1p-26f;                 // e^x / down is normal wherever e^x is not 0
   static constexpr float round_magic = 0x1.8p23f + bias;  // adding it rounds to an integer n; the low bits are bias + n
-  static constexpr float zero_at = -132.39111f;           // −bias·ln2: there n is −bias, the exponent of 0
+  static constexpr float zero_at = -106.05152f;           // −bias·ln2: there n is −bias, the exponent of 0
   static constexpr float log2e = 0x1.715476p+0f;
   static constexpr float ln2_hi = 0x1.63p-1f, ln2_lo = -2.1219444005469058e-4f;  // n·ln2_hi is exact
   static constexpr float c[] = {0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558f2p-5f, 0x1.1239e2p-7f, 0x1.6a2434p-10f};
@@ -58,10 +58,10 @@ template <>
 struct ExpConstants<double> {
   using Int = int64_t;
   static constexpr int mantissa_bits = 52;
-  static constexpr int bias = 1023 + 512;
-  static constexpr double down = 0x1p-512;
+  static constexpr int bias = 1023 + 54;
+  static constexpr double down = 0x1p-54;
   static constexpr double round_magic = 0x1.8p52 + bias;
-  static constexpr double zero_at = -1063.980922159516;
+  static constexpr double zero_at = -746.5195134630611;
   static constexpr double log2e = 0x1.71547652b82fep+0;
   static constexpr double ln2_hi = 0x1.62e42feep-1, ln2_lo = 1.90821492927058770002e-10;
   static constexpr double c[] = {0x1.000000000000ap-1,  0x1.55555555554fap-3,  0x1.555555555087cp-5,
@@ -69,7 +69,8 @@ struct ExpConstants<double> {
                                  0x1.a0199a0c677acp-16, 0x1.71df2552390c2p-19, 0x1.28ad72cc30daap-22,
                                  0x1.ad7f6f0799ee2p-26};
 };
-// For float16 and bfloat16: an error of 2^-23 + |x|·2^-28 is far below what these types resolve.
+// For float16 and bfloat16: an error of 2^-22 + |x|·2^-28, of |x|·2^-24 where products are rounded before they are added,
+// is far below what these types resolve.
 struct ApproximateExpConstants : ExpConstants<float> {
   static constexpr float ln2_hi = 0x1.62e43p-1f, ln2_lo = 0;
   static constexpr float c[] = {0x1.fffdfcp-2f, 0x1.5557bp-3f, 0x1.572a64p-5f, 0x1.10625p-7f};
@@ -289,6 +290,7 @@ inline void masked_load(void* to, const void* from, uint64_t mask) {
 template <class S, class V>
 inline void stream(S* p, V v) {
   constexpr int bytes = sizeof(V) / sizeof(V{}[0]) * sizeof(S);
+  static_assert(bytes >= 32);
   alignas(bytes) S stored[bytes / sizeof(S)];
   store(stored, v);
 #if LEAF_VECTOR_BYTES == 64
