@@ -69,8 +69,8 @@ struct ExpConstants<double> {
                                  0x1.a0199a0c677acp-16, 0x1.71df2552390c2p-19, 0x1.28ad72cc30daap-22,
                                  0x1.ad7f6f0799ee2p-26};
 };
-// For float16 and bfloat16: an error of 2^-22 + |x|·2^-28, of |x|·2^-24 where products are rounded before they are added,
-// is far below what these types resolve.
+// For float16 and bfloat16: an error of 2^-22 + |x|·2^-28, of |x|·2^-24 where products are rounded before they are
+// added, is far below what these types resolve.
 struct ApproximateExpConstants : ExpConstants<float> {
   static constexpr float ln2_hi = 0x1.62e43p-1f, ln2_lo = 0;
   static constexpr float c[] = {0x1.fffdfcp-2f, 0x1.5557bp-3f, 0x1.572a64p-5f, 0x1.10625p-7f};
