@@ -28,7 +28,7 @@ _warned: set[str] = set()
 def _stacklevel_of_caller() -> int:
     """That of the line which called leaf_cuda, itself or through a module, for a warning by who calls this."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("leaf_cuda", "torch"):
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("leaf_cuda", "torch"):
         level, frame = level + 1, frame.f_back
     return level
 

@@ -437,6 +437,11 @@ def test_fallback_names_the_callers_line(no_cpu_kernel, call):
     assert caught[0].filename == __file__
 
 
+def test_fallback_in_code_of_no_module(no_cpu_kernel):
+    with pytest.warns(leaf_cuda.FallbackWarning):
+        exec("leaf_cuda.LEAF()(u)", {"leaf_cuda": leaf_cuda, "u": torch.ones(3)})
+
+
 def test_fallback_checks_its_arguments(no_cpu_kernel):
     with pytest.raises(ValueError, match=r"p3 of shape \[4\]"):
         leaf_cuda.leaf(torch.ones(4, 5), torch.ones(1), None, torch.ones(4), None)
