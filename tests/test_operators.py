@@ -430,6 +430,7 @@ def test_fallback(no_cpu_kernel):
         lambda u: leaf_cuda.nn.LeafGRU(3, 2)(u),
         lambda u: torch.compile(leaf_cuda.LEAF(), fullgraph=True, backend="eager")(u),
     ],
+    ids=["function", "ahaf", "module", "recurrent", "compiled"],
 )
 def test_fallback_names_the_callers_line(no_cpu_kernel, call):
     with pytest.warns(leaf_cuda.FallbackWarning) as caught:

@@ -18,19 +18,7 @@ using leaf_cuda::cpu::Segment;
 
 // The arithmetic on elements stored as S, and its numbers.
 template <class S>
-struct MathOf {
-  using type = Simd<float, ApproximateExpConstants>;
-};
-template <>
-struct MathOf<float> {
-  using type = Simd<float>;
-};
-template <>
-struct MathOf<double> {
-  using type = Simd<double>;
-};
-template <class S>
-using Math = typename MathOf<S>::type;
+using Math = std::conditional_t<std::is_floating_point_v<S>, Simd<S>, Simd<float, ApproximateExpConstants>>;
 template <class S>
 using Arithmetic = typename Math<S>::Number;
 
