@@ -141,7 +141,7 @@ def test_no_elements(device, dtype, shape, parameter_shape):
     assert all(torch.equal(d, torch.zeros_like(p)) for d, p in zip(dp, parameters))
 
 
-LENGTHS = [*range(1, 41), 63, 64, 65, 127, 128, 129, 130, 1000]
+LENGTHS = [*range(1, 41), 63, 64, 65, 127, 128, 129, 130, 223, 224, 225, 1000]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
@@ -183,6 +183,7 @@ def test_unaligned_starts(device, dtype):
     "shape, shapes",
     [
         ((64, 3, 57, 59), [(3, 1, 1)] * 4),
+        ((40, 67, 14, 14), [(67, 1, 1)] * 4),
         ((257, 1_029), [(1_029,)] * 4),
         ((3, 100_003), [(100_003,)] * 4),
         ((700_001,), [(1,)] * 4),

@@ -18,8 +18,10 @@
 namespace leaf_cuda::cpu {
 namespace {
 
-// Below this length a segment is not worth its own set-up (nor its four partial sums): the columns serve.
+// Below this length a segment is not worth its own set-up (nor its four partial sums): the columns serve, whose own
+// set-up is for all rows.
 constexpr int64_t kMinSegment = 128;
+int64_t min_segment(int64_t rows) { return std::clamp<int64_t>(32 * rows, kMinSegment, 224); }
 constexpr int64_t kMinColumns = 64;
 // From so many columns on, a vector cut short at the end of each row costs less than folding rows.
 constexpr int64_t kUnfoldedColumns = 1024;
@@ -87,13 +89,6 @@ void for_each_parameter(const ParameterArgs& parameters, F f) {
   });
 }
 
-template <int sets>
-void segment_parameters(const ParameterArgs& parameters, const ParameterIndex& index, double* out) {
-  for_each_parameter<sets>(parameters, [&](int q, const auto* p, const ParameterStrides& strides) {
-    out[q] = static_cast<double>(p[strides.at(index)]);
-  });
-}
-
 // The matrix, or one row of it all where the tensor's rows follow one another as its columns do.
 ParameterMatrix matrix_of(const ParameterMatrix& matrix, const ParameterStrides& strides) {
   if (strides.row == matrix.columns * strides.column) return {1, matrix.rows * matrix.columns};
@@ -139,6 +134,17 @@ void convert(To* to, int64_t to_stride, const From* from, int64_t from_stride, i
     for (int64_t j = 0; j < n; ++j) to[j * to_stride] = static_cast<To>(from[j * from_stride]);
 }
 
+// The parameters of `count` segments one after another, the first of which takes the parameters k: out[4·sets·segment].
+template <int sets>
+void segment_parameters(const ParameterArgs& parameters, int64_t k, int64_t count, double* out) {
+  for_each_parameter<sets>(parameters, [&](int q, const auto* p, const ParameterStrides& strides) {
+    for_each_run(p, matrix_of(parameters.matrix, strides), strides, k, count,
+                 [&](int64_t to, int64_t size, int64_t step, auto* from, int64_t stride) {
+                   convert(out + 4 * sets * to + q, 4 * sets * step, from, stride, size);
+                 });
+  });
+}
+
 // The parameters of the columns from `first` on, the first of a parameter's own, on to the next multiple of
 // kColumnMultiple, in the arithmetic type T: where they lie, or in a buffer.
 template <class T, int sets, int64_t kBlock>
@@ -177,6 +183,19 @@ class ColumnParameters {
   const void* p_[4 * sets];
   alignas(kVectorBytes) T buffer_[4 * sets][kBlock];
 };
+
+// In double; many by eight sums that do not wait for one another.
+template <class T>
+double sum_of(const T* values, int64_t n) {
+  double sum = 0;
+  if (n >= 16) {
+    double sums[8] = {};
+    for (; n >= 8; n -= 8, values += 8)
+      for (int k = 0; k < 8; ++k) sums[k] += values[k];
+    sum = std::accumulate(sums, sums + 8, 0.0);
+  }
+  return std::accumulate(values, values + n, sum);
+}
 
 // The operands at element i of a plan whose rows (of a block of columns, say) are `row` elements long.
 template <class Op>
@@ -326,20 +345,15 @@ void run_segments(const Args& a, const InnerLoops& loops, const Tensor& like) {
     Segment of_task[Segments::most];
     double p[Segments::most * 4 * Op::sets], sums[Segments::most * kSums<Op>];
     const int64_t begin = a.plan.at(task * Segments::chunk);
-    int64_t number = 0, count = 0;
-    ParameterIndex index;
-    segments.for_each(task, [&](int64_t segment, int64_t row, int64_t i, int64_t n) {
-      if (count == 0) {
-        number = segment;
-        index = a.parameters.matrix.at(row % a.plan.count);
-      }
-      of_task[count] = {a.plan.at(i) - begin, a.plan.at(i) - begin + n};
-      segment_parameters<Op::sets>(a.parameters, index, p + 4 * Op::sets * count);
-      a.parameters.matrix.advance(index);
-      ++count;
+    int64_t first = 0, row = 0, count = 0;
+    segments.for_each(task, [&](int64_t segment, int64_t of_row, int64_t i, int64_t n) {
+      if (count == 0) first = segment, row = of_row;
+      const int64_t at = a.plan.at(i) - begin;
+      of_task[count++] = {at, at + n};
     });
+    segment_parameters<Op::sets>(a.parameters, row % a.plan.count, count, p);
     loops.segments(operands_at<Op>(a, begin, 0), of_task, count, p, stream, sums);
-    std::copy_n(sums, Op::sums * count, partial + Op::sums * number);
+    std::copy_n(sums, Op::sums * count, partial + Op::sums * first);
   });
   if (!Op::sums) return;
   finish<Op>(a, [&](int64_t first, int64_t n, double* sums) {
@@ -381,8 +395,7 @@ void run_columns(const Args& a, const InnerLoops& loops, const Tensor& like) {
         for (int q = 0; q < Op::sums; ++q)
           for (int64_t k = 0; k < complete; ++k) {
             const T* const begin = sums + q * kSumStride<Op> + k * inner;
-            sums[q * kSumStride<Op> + k] =
-                static_cast<T>(std::accumulate(begin, begin + std::min(inner, n - k * inner), 0.0));
+            sums[q * kSumStride<Op> + k] = static_cast<T>(sum_of(begin, std::min(inner, n - k * inner)));
           }
       if (direct) return write_gradients<Op>(a, first, complete, sums, kSumStride<Op>);
       for (int q = 0; q < Op::sums; ++q)
@@ -405,7 +418,7 @@ void run(const Args& a, const Tensor& like) {
   dispatch_operation(a.operation, [&](auto operation) {
     using Op = decltype(operation);
     if constexpr (!Op::always_pitched)
-      if (a.plan.inner >= kMinSegment) {  // so it has no runs
+      if (a.plan.inner >= min_segment(a.plan.outer)) {  // so it has no runs
         (a.dtype == at::kDouble ? run_segments<Op, double> : run_segments<Op, float>)(a, loops, like);
         return;
       }

@@ -126,8 +126,9 @@ inline Doubles in_double(Doubles v) { return v; }
 // The sums of a lane of one half and one of the other.
 inline Doubles in_double(Simd<float>::V v) {
 #if LEAF_VECTOR_BYTES == 64  // GCC 12 makes three times as many instructions of the generic conversion
-  const auto half = [](__m256 h) { return (Doubles)_mm512_maskz_cvtps_pd(0xff, h); };
-  return half(_mm512_castps512_ps256((__m512)v)) + half(_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
+  const auto low = _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0);
+  const auto high = _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1);
+  return (Doubles)_mm512_maskz_cvtps_pd(0xff, low) + (Doubles)_mm512_maskz_cvtps_pd(0xff, high);
 #else
   typedef float Half __attribute__((vector_size(LEAF_VECTOR_BYTES / 2)));
   Half halves[2];
@@ -135,14 +136,21 @@ inline Doubles in_double(Simd<float>::V v) {
   return __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
 #endif
 }
-inline double sum_of_lanes(Doubles v) {
-  double lanes[Simd<double>::lanes];
-  store(lanes, v);
-#pragma GCC unroll 8
-  for (int half = Simd<double>::lanes / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
-  return lanes[0];
+
+template <int bytes>
+struct DoublesOf {
+  typedef double V __attribute__((vector_size(bytes)));
+};
+// By halves: left to it, GCC 12 adds element by element.
+template <int bytes>
+inline double sum_of_lanes(typename DoublesOf<bytes>::V v) {
+  if constexpr (bytes == 2 * sizeof(double)) {
+    return v[0] + v[1];
+  } else {
+    typename DoublesOf<bytes / 2>::V halves[2];
+    memcpy(halves, &v, sizeof(v));
+    return sum_of_lanes<bytes / 2>(halves[0] + halves[1]);
+  }
 }
 
 // Whole vectors of one set of parameters; adds to sum[q].
@@ -189,7 +197,8 @@ void segments(O a, const Segment* segment, int64_t count, const double* p_, doub
   int pieces = 0;
   const auto add_up = [&] {
     for (int k = 0; k < pieces; ++k)
-      for (int q = 0; q < Op::sums; ++q) sums[Op::sums * of[k] + q] += sum_of_lanes(in_double(lanes[k][q]));
+      for (int q = 0; q < Op::sums; ++q)
+        sums[Op::sums * of[k] + q] += sum_of_lanes<LEAF_VECTOR_BYTES>(in_double(lanes[k][q]));
     pieces = 0;
   };
   for (int64_t k = 0; k < Op::sums * count; ++k) sums[k] = 0;
