@@ -18,10 +18,13 @@
 namespace leaf_cuda::cpu {
 namespace {
 
-// Below this length a segment is not worth its own set-up (nor its four partial sums): the columns serve, whose own
-// set-up is for all rows.
-constexpr int64_t kMinSegment = 128;
-int64_t min_segment(int64_t rows) { return std::clamp<int64_t>(32 * rows, kMinSegment, 224); }
+// Below this length a segment is not worth its own set-up (nor its four partial sums): the columns serve, whose set-up
+// is for all rows. So, if rows are many, is a longer one that would end within a vector.
+constexpr int64_t kMinSegment = 128, kMinCutSegment = 224;
+bool by_segments(const Plan& plan) {
+  const bool cut = plan.inner % kColumnMultiple != 0;
+  return plan.inner >= (cut ? std::clamp(32 * plan.outer, kMinSegment, kMinCutSegment) : kMinSegment);
+}
 constexpr int64_t kMinColumns = 64;
 // From so many columns on, a vector cut short at the end of each row costs less than folding rows.
 constexpr int64_t kUnfoldedColumns = 1024;
@@ -418,7 +421,7 @@ void run(const Args& a, const Tensor& like) {
   dispatch_operation(a.operation, [&](auto operation) {
     using Op = decltype(operation);
     if constexpr (!Op::always_pitched)
-      if (a.plan.inner >= min_segment(a.plan.outer)) {  // so it has no runs
+      if (by_segments(a.plan)) {  // so it has no runs
         (a.dtype == at::kDouble ? run_segments<Op, double> : run_segments<Op, float>)(a, loops, like);
         return;
       }
