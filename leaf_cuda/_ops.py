@@ -31,6 +31,11 @@ def _load():
 
 _C = _load()
 
+# The operators for a call of plain tensors with no mode, transform or tracer around it; elsewhere they return
+# NotImplemented, and torch.ops has them.
+plain_leaf_forward = _C.leaf_forward
+plain_leaf_glu_forward = _C.leaf_glu_forward
+
 leaf_forward = torch.ops.leaf_cuda.leaf_forward.default
 leaf_backward = torch.ops.leaf_cuda.leaf_backward.default
 leaf_double_backward = torch.ops.leaf_cuda.leaf_double_backward.default

@@ -96,6 +96,10 @@ def leaf(u: Tensor, p1, p2, p3, p4) -> Tensor:
         TypeError: an argument is no tensor or number, or its dtype does not fit.
         ValueError: a parameter does not broadcast to u, or is on another device.
     """
+    if not torch.compiler.is_compiling():
+        y = _ops.plain_leaf_forward(u, p1, p2, p3, p4)
+        if y is not NotImplemented:
+            return y
     if not (
         isinstance(u, Tensor)
         and isinstance(p1, Tensor)
@@ -162,6 +166,10 @@ def leaf_glu(a: Tensor, b: Tensor | None, p1, p2, p3, p4) -> Tensor:
         ValueError: a parameter does not broadcast to a, b has another shape, a packed last dimension is odd, or a tensor
             is on another device.
     """
+    if not torch.compiler.is_compiling():
+        y = _ops.plain_leaf_glu_forward(a, b, p1, p2, p3, p4)
+        if y is not NotImplemented:
+            return y
     given = (a, b, p1, p2, p3, p4)
     if torch.overrides.has_torch_function(given) and not all(t is None or isinstance(t, Tensor) for t in given):
         return torch.overrides.handle_torch_function(leaf_glu, given, *given)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import leaf_cuda
+from leaf_cuda import _ops, functional
 
 #: The README's table: a feature → its tests, as a regular expression.
 FEATURES = {
@@ -85,6 +86,19 @@ def device(request):
         if leaf_cuda.backend_for(torch.empty(0, device="cuda")) != "cuda":
             pytest.skip("this build of leaf_cuda is without CUDA")
     yield request.param
+
+
+@pytest.fixture
+def remove_kernels(monkeypatch):
+    """Called, it leaves leaf_cuda without a kernel for any device."""
+
+    def remove():
+        monkeypatch.setattr(_ops, "has_kernel", lambda device_type: False)
+        for name in ("plain_leaf_forward", "plain_leaf_glu_forward"):
+            monkeypatch.setattr(_ops, name, lambda *arguments: NotImplemented)
+        monkeypatch.setattr(functional, "_warned", set())
+
+    return remove
 
 
 @pytest.fixture(autouse=True)

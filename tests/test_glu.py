@@ -311,12 +311,11 @@ def test_onnx(tmp_path):
     torch.testing.assert_close(torch.from_numpy(y), mlp(x).detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_fallback(monkeypatch):
+def test_fallback(remove_kernels):
     """The formula where there is no kernel."""
     a, b, parameters, g = draw_glu(*CASES["mixed"], dtype=torch.bfloat16, parameter_dtype=torch.float32)
     expected = leaf_glu(a, b, *parameters)
-    monkeypatch.setattr(leaf_cuda._ops, "has_kernel", lambda device_type: False)
-    monkeypatch.setattr(leaf_cuda.functional, "_warned", set())
+    remove_kernels()
     with pytest.warns(leaf_cuda.FallbackWarning):
         y = leaf_glu(a, b, *parameters)
     torch.testing.assert_close(y, expected)

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.utils.flop_counter
 from cases import DTYPE_PAIRS, GRANULARITIES, LAYOUTS, assert_true, draw, dtype_id, evaluate, plain
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import leaf_cuda
-from leaf_cuda import _ops, functional
+from leaf_cuda import _ops
 
 FORWARD, BACKWARD = torch.ops.leaf_cuda.leaf_forward, torch.ops.leaf_cuda.leaf_backward
 DOUBLE_BACKWARD = torch.ops.leaf_cuda.leaf_double_backward
@@ -145,6 +147,60 @@ def test_routes_agree_bitwise(device):
     y = FORWARD(u, *parameters)
     assert torch.equal(y, results[0][0]) and not y.requires_grad
     assert all(torch.equal(a, b) for a, b in zip(results[0][1:], BACKWARD(g, u, *parameters, [True] * 5)))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def under(context):
+    def call(f, u):
+        with context():
+            f(u)
+
+    return call
+
+
+#: f and u → a call of f, as the short way to the operator may take it.
+PLAIN = {
+    "tensor": lambda f, u: f(u),
+    "parameter": lambda f, u: f(torch.nn.Parameter(u)),
+    "no_grad": under(torch.no_grad),
+    "inference_mode": under(torch.inference_mode),
+    "autocast": under(lambda: torch.autocast("cpu", torch.bfloat16)),
+    "dual_level": under(torch.autograd.forward_ad.dual_level),
+    "meta": lambda f, u: f(u.to("meta")),
+}
+#: The same, as torch.ops must.
+OTHERS = {
+    "subclass": lambda f, u: f(u.as_subclass(Subclass)),
+    "function mode": under(torch.overrides.BaseTorchFunctionMode),
+    "device": under(lambda: torch.device("cpu")),
+    "dispatch mode": under(torch.utils.flop_counter.FlopCounterMode),
+    "fake tensor": lambda f, u: f(torch._subclasses.FakeTensorMode().from_tensor(u)),
+    "vmap": lambda f, u: torch.vmap(f)(u),
+    "grad": lambda f, u: torch.func.grad(lambda u: f(u).sum())(u),
+    "functionalize": lambda f, u: torch.func.functionalize(f)(u),
+    "jit.trace": lambda f, u: torch.jit.trace(f, (u,), check_trace=False),
+    "make_fx": lambda f, u: make_fx(f)(u),
+    "symbolic_trace": lambda f, u: torch.fx.symbolic_trace(f),
+    "numpy": lambda f, u: pytest.raises(TypeError, f, u.numpy()),
+}
+
+
+@pytest.mark.parametrize("way", [*PLAIN, *OTHERS])
+def test_short_way_to_the_operator(way):
+    """Without torch.ops, and only where nothing would have been told of the call."""
+    taken = []
+
+    def f(u):
+        parameter = u.new_ones(1) if isinstance(u, torch.Tensor) else torch.ones(1)
+        taken.append(_ops.plain_leaf_forward(u, parameter, None, parameter, None) is not NotImplemented)
+        taken.append(_ops.plain_leaf_glu_forward(u, u, parameter, None, parameter, None) is not NotImplemented)
+        return leaf_cuda.leaf(u, parameter, None, parameter, None)
+
+    {**PLAIN, **OTHERS}[way](f, torch.randn(3, 4))
+    assert taken == [way in PLAIN] * 2
 
 
 def test_ahaf_is_leaf_without_p2_and_p4(device):
@@ -394,9 +450,8 @@ def test_compile_of_an_unknown_size():
 
 
 @pytest.fixture
-def no_cpu_kernel(monkeypatch):
-    monkeypatch.setattr(_ops, "has_kernel", lambda device_type: False)
-    monkeypatch.setattr(functional, "_warned", set())
+def no_cpu_kernel(remove_kernels):
+    remove_kernels()
 
 
 def test_fallback(no_cpu_kernel):

@@ -560,12 +560,11 @@ def test_no_features(kind):
 
 @pytest.mark.parametrize("layout", ["batched", "packed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_fallback(monkeypatch, kind, layout):
+def test_fallback(remove_kernels, kind, layout):
     module = randomised(LAYERS[kind][0](5, 7, num_layers=2, bidirectional=True, per_unit=True, **float64))
     x, hx = inputs(kind, {"num_layers": 2, "bidirectional": True}, 5, layout)
     expected = everything(module, x, hx)
-    monkeypatch.setattr(leaf_cuda._ops, "has_kernel", lambda device_type: False)
-    monkeypatch.setattr(leaf_cuda.functional, "_warned", set())
+    remove_kernels()
     with pytest.warns(leaf_cuda.FallbackWarning):
         assert_same(everything(module, x, hx), expected)
     with pytest.raises(ValueError, match="batch_sizes is .*never grow"):
