@@ -1,5 +1,5 @@
-// leaf_cuda._C: loads the operators, tells how they were built, and calls some without torch.ops' way through Python
-// and boxed arguments, which takes as long as a small tensor's whole forward.
+// leaf_cuda._C: loads the operators, tells how they were built, and calls two of them directly: torch.ops, by Python
+// and boxed arguments, takes a good part of a small tensor's forward.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
