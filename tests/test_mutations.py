@@ -1,4 +1,5 @@
-"""Each planted bug in the CUDA kernels or their planner must fail the C++ kernel test (tests/cpp/kernels_test.cpp)."""
+"""Each planted bug in the CUDA kernels or their planner must fail a C++ test: of what they compute
+(tests/cpp/kernels_test.cpp) or of what they move (tests/cpp/traffic_test.cpp)."""
 
 import os
 import shutil
@@ -65,7 +66,16 @@ MUTATIONS = {
     "no look at the pitches": (PLANNER, "c.line = line ? line : c.columns.width;", "c.line = c.columns.width;"),
     "vectors across lines": (LAUNCH, "b.vector = b.vector && whole(a.line);", ""),
     "partial sums of another gradient": (KERNELS, "(q * parts + y) * count", "(q + y) * count"),
-    "a term too few in the columns' sum": (KERNELS, "term < terms;", "term + 1 < terms;"),
+    "a term too few in the columns' sum": (KERNELS, "n < terms * inner;", "n + 1 < terms * inner;"),
+    "a term too far in the columns' sum": (KERNELS, "if (term == terms) term = 0;", ""),
+    "a row of the columns' sum too far": (
+        KERNELS,
+        "if (i >= inner) i -= inner, ++term;",
+        "if (i >= inner) i -= inner;",
+    ),
+    "sums from one bank": (KERNELS, "lane / c.shares * banks / kWarp", "0"),
+    "rows that are not whole vectors as rows": (PLANNER, "vector) <= kMaxThreads;", "vector) <= 0;"),
+    "too wide a tile": (PLANNER, "vector) <= kMaxThreads;", "vector) > 0;"),
     "a period's sums in another's place": (KERNELS, "c.period_parts + slot / c.count", "c.period_parts"),
     "parameters in vectors across periods": (LAUNCH, " && whole(a.parameters.matrix.columns);", ";"),
     "parameters in vectors where not aligned": (LAUNCH, " && is_aligned(a.parameters.p[q]));", ");"),
@@ -79,11 +89,16 @@ MUTATIONS = {
 }
 
 
+COMPILE = ["g++", "-std=c++20", "-O1", "-w", "-Itests/emulation/include", "-Itests/emulation"]
+COMPILE += ["-isystem", str(Path(torch.__file__).parent / "include")]
+TRACE = ["-fsanitize=thread", "-fno-tree-sra"]  # for the test's own file, and not for linking
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+EMULATION = ["tests/emulation/cuda_emulation.cpp", "tests/emulation/memory_trace.cpp"]
 
 
 def build_and_run(name, folder):
-    """The C++ kernel test with the bug in it: without the sanitizers, which take long, and if it passes so, with them."""
+    """The C++ tests with the bug in them, until one fails: that of the kernels, that of what they move, and that of the
+    kernels with the sanitizers, which take long."""
     path, old, new = MUTATIONS[name]
     for part in ("csrc", "tests/cpp", "tests/emulation"):
         shutil.copytree(ROOT / part, folder / part)
@@ -92,13 +107,17 @@ def build_and_run(name, folder):
         assert text.count(old) == 1, f"{path} has the text to change {text.count(old)} times"
         (folder / path).write_text(text.replace(old, new))
 
-    torch_include = Path(torch.__file__).parent / "include"
-    command = ["g++", "-std=c++20", "-O1", "-w", "-Itests/emulation/include", "-Itests/emulation"]
-    command += ["-isystem", str(torch_include), "tests/cpp/kernels_test.cpp", "tests/emulation/cuda_emulation.cpp"]
-    for flags in ([], SANITIZERS):
-        subprocess.run([*command, *flags, "-o", "kernels_test"], cwd=folder, check=True)
+    for test, flags, link_flags in (
+        ("kernels_test", TRACE, []),
+        ("traffic_test", TRACE, []),
+        ("kernels_test", SANITIZERS, SANITIZERS),
+    ):
+        compile_test = [*COMPILE, *flags, "-c", f"tests/cpp/{test}.cpp", "-o", "test.o"]
+        link = [*COMPILE, *link_flags, "test.o", *EMULATION, "-o", test]
+        for command in (compile_test, link):
+            subprocess.run(command, cwd=folder, check=True)
         # It may wait for a barrier that never comes.
-        run = ["timeout", "1200", "./kernels_test", "--stop-at-first-failure"]
+        run = ["timeout", "1200", f"./{test}", "--stop-at-first-failure"]
         result = subprocess.run(run, cwd=folder, capture_output=True, text=True, errors="replace")
         if result.returncode:
             break

@@ -95,10 +95,15 @@ struct ColumnsLaunch {
   int64_t period_parts;  // periods side by side whose sums a block does not add up
   int results;           // parameters that a block has sums of
   int tile_folds;        // periods that it adds up
-  int shares;            // threads for each sum, a power of two
+  // Threads for each sum, a power of two. A sum has terms (rows and periods) by `inner`, which the threads take in
+  // turn: a thread goes on by so many of each.
+  int shares, step_terms, step_inner;
   int tx, ty, threads;
   bool parameter_vectors;  // a vector's parameters lie side by side, aligned
 };
+
+// Vectors that hold whole parameters: a tile has a multiple of them.
+constexpr int64_t column_unit(int64_t inner, int64_t vector) { return inner / std::gcd(inner, vector); }
 
 // `line` is Args::line: 0, or what the width must be a multiple of, and vectors must divide. at_once: blocks that the
 // device holds. sums: of each parameter, of sum_bytes each; where there are none they take no workspace.
@@ -110,7 +115,7 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t line, int vector, in
   const int64_t rows = c.columns.rows + (c.columns.tail ? 1 : 0);
   c.slots = c.columns.fold * plan.count;
   const int64_t width = c.columns.width / vector;
-  const int64_t unit = std::lcm(plan.inner, int64_t{vector}) / vector;
+  const int64_t unit = column_unit(plan.inner, vector);
   // As few rows to a block as give the device's threads enough, for a block has loads and sums of its own, and at most
   // as many as leave a warp's width. Their sums meet in shared memory, those of splits in the workspace. Few tiles are
   // made alike.
@@ -120,7 +125,8 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t line, int vector, in
   const int64_t for_sums = sums ? ceil_div(2 * rows, kMaxSerialSum) : 1;
   const int64_t enough = std::max(std::bit_floor(uint64_t(for_device)), std::bit_ceil(uint64_t(for_sums)));
   const int64_t at_a_time = std::min({ceil_div(rows, unroll), enough, kMostRows});
-  const int64_t widest = kMaxThreads / unit * unit, narrow = kMaxThreads / at_a_time / unit * unit;
+  const int64_t widest = kMaxThreads / unit * unit;
+  const int64_t narrow = std::max<int64_t>(kMaxThreads / at_a_time / unit, 1) * unit;
   const int64_t tiles = std::max(ceil_div(width, widest), width / narrow);
   c.tx = static_cast<int>(tiles < kManyTiles ? round_up(ceil_div(width, tiles), unit) : narrow);
   c.tiles = ceil_div(width, c.tx);
@@ -131,6 +137,8 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t line, int vector, in
   c.results = static_cast<int>(c.tx * vector / plan.inner / c.tile_folds);
   c.shares = 1;
   while (c.shares < kWarp && 2 * c.shares * c.results * sums <= c.threads) c.shares *= 2;
+  c.step_terms = static_cast<int>(c.shares / plan.inner);
+  c.step_inner = static_cast<int>(c.shares % plan.inner);
   const int64_t steps = ceil_div(rows, int64_t{c.ty} * unroll);
   const int64_t for_accuracy = sums ? ceil_div(rows, c.ty * kMaxSerialSum) : 1;
   int64_t most = kMaxGridY;
@@ -140,7 +148,15 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t line, int vector, in
   return c;
 }
 
-inline bool by_rows(const Plan& plan, int64_t element_bytes) { return plan.inner * element_bytes >= kMinRowBytes; }
+inline bool has_long_rows(const Plan& plan, int64_t element_bytes) {
+  return plan.inner * element_bytes >= kMinRowBytes;
+}
+
+// Long rows that are not whole vectors: each would load a vector that it shares with another, and store its own part of
+// it element by element. As columns they have whole vectors, if a tile can be so wide.
+inline bool are_better_columns(const Plan& plan, int vector) {
+  return plan.inner % vector && column_unit(plan.inner, vector) <= kMaxThreads;
+}
 
 // Partial sums, [q][part][parameter]. Where there is one part they are whole: the gradients themselves, without a
 // workspace.

@@ -554,12 +554,18 @@ __device__ __forceinline__ void store_sums_of_columns(const ColumnsLaunch& c, co
   __syncthreads();
   const int inner = static_cast<int>(c.inner), terms = c.ty * c.tile_folds;
   const int lane = threadIdx.x % kWarp, share = threadIdx.x % c.shares;
+  // Where `inner` has factors of two, a warp's threads begin apart, each in a bank of its own.
+  const int banks = min(inner & -inner, kWarp), start = share + c.shares * (lane / c.shares * banks / kWarp);
   for (int first = threadIdx.x - lane; first < sums * c.results * c.shares; first += blockDim.x) {
     const int result = (first + lane) / c.shares, q = result / c.results, of_q = result % c.results;
     A total = 0;
-    if (q < sums) {
-      for (int term = share; term < terms; term += c.shares)
-        for (int i = 0; i < inner; ++i) total += shared[((q * terms + term) * c.results + of_q) * inner + i];
+    int term = start / inner, i = start % inner;
+    for (int n = share; q < sums && n < terms * inner; n += c.shares) {
+      total += shared[((q * terms + term) * c.results + of_q) * inner + i];
+      term += c.step_terms;
+      i += c.step_inner;
+      if (i >= inner) i -= inner, ++term;
+      if (term == terms) term = 0;
     }
     for (int other = c.shares / 2; other > 0; other /= 2) total += __shfl_xor_sync(0xffffffffu, total, other);
     const int64_t slot = static_cast<int64_t>(blockIdx.x) * c.results + of_q;

@@ -72,26 +72,34 @@ LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
     for (int k = 0; k < Op::inputs; ++k) b.vector = b.vector && whole(a.in_pitch[k]);
     for (int k = 0; k < Op::outputs; ++k) b.vector = b.vector && whole(a.out_pitch[k]);
   }
-  b.by_rows = by_rows(a.plan, sizeof(S));  // never with lines: `inner` is 1
   const auto vector = [&] { return b.vector ? kVector<S> : 1; };
   const auto at_once = [&] {  // blocks that the device holds
     return multiprocessors * (b.by_rows ? min_blocks<Op, S, true>(b.vector) : min_blocks<Op, S, false>(b.vector));
   };
-  if (b.by_rows) {
+  const auto plan_by_rows = [&] {
     b.rows = plan_rows(a.plan, vector(), unroll<Op, S>(b.vector), at_once(), sums);
     b.sums = partial_sums(sums, b.rows.splits, a.plan.count);
-  } else {
-    const auto plan = [&] {
-      b.columns =
-          plan_columns(a.plan, a.line, vector(), unroll<Op, S>(b.vector), at_once(), a.workspace, sums, sum_bytes);
-      b.sums = partial_sums(sums, b.columns.splits * b.columns.period_parts, a.plan.count);
-    };
-    const int64_t period = a.plan.period(), pitch = a.plan.pitch;
-    b.vector = b.vector && kColumnVectors<Op> && (pitch == period || (whole(pitch) && whole(period)));
-    if (b.vector) plan();
+  };
+  const auto plan_by_columns = [&] {
+    b.columns =
+        plan_columns(a.plan, a.line, vector(), unroll<Op, S>(b.vector), at_once(), a.workspace, sums, sum_bytes);
+    b.sums = partial_sums(sums, b.columns.splits * b.columns.period_parts, a.plan.count);
+  };
+  const int64_t period = a.plan.period(), pitch = a.plan.pitch;
+  const bool long_rows = has_long_rows(a.plan, sizeof(S));  // never with lines: `inner` is 1
+  bool column_vectors = b.vector && kColumnVectors<Op> && (pitch == period || (whole(pitch) && whole(period))) &&
+                        (!long_rows || are_better_columns(a.plan, kVector<S>));
+  if (column_vectors) {
+    plan_by_columns();
     // Periods side by side may have partial sums whatever the splits.
-    b.vector = b.vector && b.sums.values * sum_bytes <= a.workspace;
-    if (!b.vector) plan();
+    column_vectors = b.sums.values * sum_bytes <= a.workspace;
+  }
+  b.by_rows = long_rows && !column_vectors;
+  if (b.by_rows) {
+    plan_by_rows();
+  } else {
+    b.vector = column_vectors;
+    if (!b.vector) plan_by_columns();
     b.columns.parameter_vectors = b.vector && a.plan.inner == 1 && whole(a.parameters.matrix.columns);
     for (int q = 0; q < 4 * Op::sets; ++q) {
       const ParameterStrides& s = a.parameters.strides[q];

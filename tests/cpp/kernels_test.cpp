@@ -5,15 +5,18 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "../../csrc/cuda/leaf_launch.cuh"
 #include "cuda_emulation.h"
+#include "memory_trace.h"
 
 using namespace leaf_cuda;
 using namespace leaf_cuda::cuda;
+using cuda_emulation::MemoryTrace;
 using cuda_emulation::Schedule;
 
 namespace {
@@ -28,15 +31,16 @@ void check(bool ok, const std::string& what) {
   if (stop_at_first_failure) std::exit(1);
 }
 
-// n elements that end where the allocation ends, `offset` elements behind a 16-byte boundary.
+// n elements that end where the allocation ends, `offset` elements behind a boundary as PyTorch's allocator has.
 template <class S>
 struct Buffer {
-  std::unique_ptr<char, decltype(&std::free)> memory{nullptr, &std::free};
+  static void release(char* p) { ::operator delete(p, std::align_val_t{512}); }
+  std::unique_ptr<char, decltype(&release)> memory{nullptr, &release};
   S* data;
   int64_t n;
 
   explicit Buffer(int64_t count, int64_t offset = 0) : n(count) {
-    memory.reset(static_cast<char*>(std::malloc((count + offset) * sizeof(S) + 1)));
+    memory.reset(static_cast<char*>(::operator new((count + offset) * sizeof(S) + 1, std::align_val_t{512})));
     data = reinterpret_cast<S*>(memory.get()) + offset;
     poison();
   }
@@ -108,9 +112,11 @@ const Schedule kSchedules[] = {{Schedule::ascending, Schedule::ascending, 0},
                                {Schedule::shuffled, Schedule::shuffled, 1},
                                {Schedule::shuffled, Schedule::shuffled, 2}};
 
-auto launcher(const Schedule& schedule) {
-  return [&schedule](auto kernel, dim3 grid, int threads, size_t shared, const auto&... args) {
-    cuda_emulation::launch(schedule, kernel, grid, dim3(threads), shared, args...);
+// trace: or null.
+auto launcher(const Schedule& schedule, MemoryTrace* trace) {
+  return [&schedule, trace](auto kernel, dim3 grid, int threads, size_t shared, const auto&... args) {
+    const auto launch = [&] { cuda_emulation::launch(schedule, kernel, grid, dim3(threads), shared, args...); };
+    trace ? trace->of_launch(launch) : launch();
   };
 }
 
@@ -134,6 +140,47 @@ struct Expected {
     scale[i] += its_scale;
   }
 };
+
+int inputs_of(Operation operation) {
+  int inputs = 0;
+  dispatch_operation(operation, [&](auto op) { inputs = op.inputs; });
+  return inputs;
+}
+
+// Watches what a pass moves: its inputs, its outputs, and its sums.
+template <class S, class P>
+void watch(MemoryTrace& trace, const Args& a, size_t outputs, const std::vector<Buffer<P>>& dp,
+           const Buffer<char>& workspace) {
+  const auto operand = [&](const void* begin, int64_t pitch) {
+    const int64_t last = a.plan.numel() - 1;
+    const int64_t last_at = a.line ? last / a.line * pitch + last % a.line : a.plan.at(last);
+    return trace.watch(begin, begin ? last_at + 1 : 0, sizeof(S));
+  };
+  for (int k = 0; k < inputs_of(a.operation); ++k)
+    a.in_stride[k] ? operand(a.in[k], a.in_pitch[k]) : trace.watch(a.in[k], 1, sizeof(S));
+  for (size_t k = 0; k < outputs; ++k) operand(a.out[k], a.out_pitch[k]);
+  for (const auto& d : dp) trace.watch(d.data, d.n, sizeof(P));
+  trace.watch(workspace.data, workspace.n / sizeof(Arithmetic<S>), sizeof(Arithmetic<S>));
+}
+
+// Each element of an input is read once, and of an output written once. But where rows are not whole vectors, a vector
+// that two of them share is read for each.
+template <class S, class F>
+void check_traffic(const MemoryTrace& trace, const Args& a, const LaunchPlan& plan, size_t outputs, const F& named) {
+  const int inputs = inputs_of(a.operation);
+  const int64_t bytes = a.plan.numel() * sizeof(S), slots = a.plan.outer * a.plan.count * plan.rows.vectors;
+  const int64_t most = plan.by_rows && !plan.rows.aligned ? slots * 16 : bytes;
+  for (int k = 0; k < inputs; ++k) {
+    const auto& moved = trace.of(k);
+    const bool is_read = a.in_stride[k] == 0 || (moved.read.bytes >= bytes && moved.read.bytes <= most);
+    check(is_read && moved.write.bytes == 0, named(("bytes of input " + std::to_string(k)).c_str()));
+  }
+  for (size_t k = 0; k < outputs; ++k) {
+    const auto& moved = trace.of(inputs + k);
+    check(moved.write.bytes == (a.out[k] ? bytes : 0) && moved.read.bytes == 0,
+          named(("bytes of output " + std::to_string(k)).c_str()));
+  }
+}
 
 // One operation in every schedule: the same bits, and what is expected. P is the gradients' type.
 template <class S, class P>
@@ -162,7 +209,11 @@ void run_operation(const Case& c, const char* type, Args args, std::vector<Buffe
       const LaunchPlan plan = plan_launch(args, c.multiprocessors);
       check(plan.workspace_bytes <= args.workspace, named("workspace"));
       Buffer<char> workspace(plan.workspace_bytes);
-      launch(args, plan, workspace.data, launcher(schedule));
+      MemoryTrace trace;
+      const bool traced = cuda_emulation::is_traced && first.empty();
+      if (traced) watch<S>(trace, args, out.size(), dp, workspace);
+      launch(args, plan, workspace.data, launcher(schedule, traced ? &trace : nullptr));
+      if (traced) check_traffic<S>(trace, args, plan, out.size(), named);
     } catch (const std::exception& error) {
       return check(false, named(error.what()));
     }
@@ -564,7 +615,7 @@ void small_plans() {
     }
   for (const Plan& plan :
        {Plan{1, 1, 5000}, Plan{7, 3, 196}, Plan{300, 33, 1}, Plan{64, 10, 9}, Plan{2, 700, 1}, Plan{1, 70, 40},
-        Plan{1000, 3, 1}, Plan{1, 600, 1}, Plan{256, 67, 1}, Plan{5, 300, 70}, Plan{3, 5000, 1}})
+        Plan{1000, 3, 1}, Plan{1, 600, 1}, Plan{256, 67, 1}, Plan{5, 300, 70}, Plan{3, 5000, 1}, Plan{9, 4, 510}})
     for (int64_t multiprocessors : {1, 5, 132}) {
       Case c{plan};
       c.multiprocessors = multiprocessors;
@@ -577,6 +628,8 @@ void small_plans() {
       c.want_du = false;
       run_types(c);
     }
+  // Rows that are not whole vectors, and of which too many partial sums would be made by columns.
+  run<c10::BFloat16, float>({{1, 8193, 33}}, "bfloat16");
 }
 
 // Index arithmetic beyond 2^31, by planning alone.
@@ -627,7 +680,8 @@ void plans_of_a_large_device() {
   constexpr int64_t multiprocessors = 132;
   for (const Plan& plan : {Plan{1, 1, 1 << 24}, Plan{256, 64, 4096}, Plan{1024, 64, 49}, Plan{64, 65536, 1},
                            Plan{256, 65536, 1}, Plan{32, 1 << 20, 1}, Plan{4096, 1024, 1}, Plan{16384, 1024, 1},
-                           Plan{1 << 20, 64, 1}, Plan{1 << 20, 5, 1}, Plan{1 << 20, 3, 7}, Plan{1 << 15, 1001, 1}})
+                           Plan{1 << 20, 64, 1}, Plan{1 << 20, 5, 1}, Plan{1 << 20, 3, 7}, Plan{1 << 15, 1001, 1},
+                           Plan{256, 2048, 49}, Plan{256, 1024, 196}, Plan{128, 256, 169}, Plan{64, 64, 1020}})
     for (c10::ScalarType dtype : {c10::ScalarType::Float, c10::ScalarType::BFloat16})
       for (Operation operation : {Operation::forward, Operation::backward}) {
         Args a{};
@@ -664,7 +718,7 @@ void plans_of_a_large_device() {
           at_most(ceil_div(plan.outer * r.vectors, r.splits * r.threads * at_once), kMaxSerialSum, "steps");
         } else {
           at_most(ceil_div(c.columns.rows, c.splits * c.ty), kMaxSerialSum, "rows");
-          at_most(ceil_div(c.ty * c.tile_folds, c.shares) * c.inner, kMaxSerialSum, "terms");
+          at_most(ceil_div(c.ty * c.tile_folds * c.inner, c.shares), kMaxSerialSum, "terms");
         }
         at_most(ceil_div(b.sums.parts, b.finish.ky), 32, "partial sums");
       }

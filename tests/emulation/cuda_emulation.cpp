@@ -68,6 +68,9 @@ cuda_emulation_switch:
 #endif
 
 namespace cuda_emulation {
+
+__thread std::uint64_t phase = 0;
+
 namespace {
 
 #ifdef CUDA_EMULATION_ASAN
@@ -293,6 +296,7 @@ class Launch {
 
   // At the start of a block and at a completed __syncthreads.
   void begin_phase() {
+    ++phase;
     if (schedule.threads == Schedule::shuffled) std::shuffle(order.begin(), order.end(), engine);
     for (unsigned rank = 0; rank < order.size(); ++rank) {
       threads[order[rank]]->rank = rank;

@@ -57,6 +57,9 @@ struct Schedule {
   std::uint64_t seed;
 };
 
+// Counts the starts of blocks and the completed __syncthreads of this OS thread's launches.
+extern __thread std::uint64_t phase;
+
 void run(const Schedule& schedule, dim3 grid, dim3 block, std::size_t dynamic_shared_bytes,
          const std::function<void()>& thread_body);
 

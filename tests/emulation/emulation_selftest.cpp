@@ -3,14 +3,17 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "cuda_emulation.h"
+#include "memory_trace.h"
 
 using cuda_emulation::launch;
+using cuda_emulation::MemoryTrace;
 using cuda_emulation::Schedule;
 
 namespace leaf_cuda {
@@ -153,6 +156,15 @@ __global__ void block_sum(const float4* __restrict__ x, float* __restrict__ sums
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
+// y[t] = x[stride·t], by way of shared memory at multiples of the stride.
+template <class T>
+__global__ void strided(const T* x, T* y, unsigned stride) {
+  T* const own = shared<T>() + stride * threadIdx.x;
+  *own = x[stride * threadIdx.x];
+  __syncthreads();
+  y[threadIdx.x] = *own;
+}
+
 #ifdef CUDA_EMULATION_ASAN
 extern "C" int __asan_address_is_poisoned(const volatile void*);
 __global__ void bounds(bool* ok, int bytes) {
@@ -221,6 +233,60 @@ void races() {
     else
       CHECK("without its barrier, every order gives another result", !same(0, 1) && !same(0, 2) && !same(1, 2));
   }
+}
+
+// What a launch of 256 threads moves, with a stride between their elements.
+template <class T>
+void traffic(unsigned stride, int64_t sectors_read, int64_t bank_times, int64_t least_times) {
+  alignas(32) static T x[4096], y[256];
+  MemoryTrace trace;
+  const int read = trace.watch(x, 4096, sizeof(T)), written = trace.watch(y, 256, sizeof(T));
+  trace.of_launch([&] { launch(in_order, strided<T>, 1, 256, 256 * stride * sizeof(T), x, y, stride); });
+  const auto& [requests, times, least] = trace.of_shared();
+  const std::string what = std::to_string(sizeof(T)) + " bytes, stride " + std::to_string(stride) + ": ";
+  CHECK(what + "sectors of global memory",
+        trace.of(read).read.count == 8 && trace.of(read).read.bytes == 256 * sizeof(T) &&
+            trace.of(read).read.sectors == sectors_read && trace.of(read).write.count == 0 &&
+            trace.of(written).read.count == 0 && trace.of(written).write.sectors == 8 * sizeof(T));
+  CHECK(what + "banks of shared memory", requests == 16 && times == 2 * bank_times && least == 2 * least_times);
+}
+
+std::string race_in(const void* watched, int64_t n, size_t bytes, const std::function<void()>& launch) {
+  MemoryTrace trace;
+  trace.watch(watched, n, bytes);
+  try {
+    trace.of_launch(launch);
+  } catch (const std::runtime_error& e) {
+    return e.what();
+  }
+  return "none";
+}
+
+void traces() {
+  if (!cuda_emulation::is_traced) return;
+  traffic<float>(1, 32, 8, 8);
+  traffic<float>(2, 64, 16, 8);
+  traffic<float>(3, 96, 8, 8);
+  traffic<float>(8, 256, 64, 8);
+  traffic<double>(1, 64, 16, 16);
+  traffic<double>(2, 128, 32, 16);
+  traffic<float4>(1, 128, 32, 32);
+  traffic<float4>(2, 256, 64, 32);
+
+  float y[256];
+  for (bool with_barrier : {true, false}) {
+    const std::string race =
+        race_in(y, 256, 4, [&] { launch(in_order, leaf_cuda::reverse, 1, 256, 1024, y, with_barrier); });
+    CHECK("a race in shared memory: " + race,
+          race == (with_barrier ? "none"
+                                : "data race in shared memory: thread (128,0,0) of block (0,0,0) writes what "
+                                  "another read"));
+  }
+  int visits[25] = {}, order[24];
+  const std::string race =
+      race_in(visits, 25, 4, [&] { launch(in_order, count_visits, dim3(2, 3, 4), 1, 0, visits, order); });
+  CHECK("a race in global memory: " + race,
+        race == "data race in global memory: thread (0,0,0) of block (1,0,0) reads what another wrote");
 }
 
 // Lane l's source, in the words of the CUDA C++ Programming Guide, for operands below 32.
@@ -402,6 +468,7 @@ void speed() {
 int main() {
   barriers();
   races();
+  traces();
   warps();
   grids();
   shared_memory();
