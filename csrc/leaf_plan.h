@@ -27,10 +27,10 @@ constexpr int64_t workspace_limit(int64_t numel, int64_t element_bytes) {
   return std::max(numel * element_bytes / 8, int64_t{1} << 20);
 }
 
-// The same elements as a matrix whose columns keep one parameter each, for a short `inner`: row-major, `width` columns,
-// column c takes parameter (c / inner) % count. `fold` periods side by side make one row of the matrix, so that its
-// width is a multiple of a vector's whatever the count is; the last row may be partial. Periods with gaps between are
-// not folded.
+// The same elements as a matrix whose columns keep one parameter each, for a short `inner` or one of no whole vectors:
+// row-major, `width` columns, column c takes parameter (c / inner) % count. `fold` periods side by side make one row of
+// the matrix, so that its width is a multiple of a vector's whatever the count is; the last row may be partial. Periods
+// with gaps between are not folded.
 struct Columns {
   int64_t fold, width;
   int64_t rows;    // whole rows

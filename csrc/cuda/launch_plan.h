@@ -20,8 +20,10 @@ constexpr int64_t kMaxGridY = 65535;
 constexpr int64_t kMaxWaves = 64;
 // A thread adds so many terms to a sum at most: with more, a float32 sum would lose to eager PyTorch's.
 constexpr int64_t kMaxSerialSum = 64;
-// Rows of at least so many bytes are read by neighbouring threads without much waste; shorter ones count as columns.
+// Rows of at least so many bytes are read by neighbouring threads without much waste; shorter ones are columns.
 constexpr int64_t kMinRowBytes = 64;
+// A step over rows that are not whole vectors has so many times the instructions and the stores.
+constexpr double kPartialRowsCost = 1.5;
 // Narrower matrices would leave a warp's threads without work.
 constexpr int64_t kMinColumnVectors = 32;
 // Of so many tiles of columns the last may be narrower than the others.
@@ -30,22 +32,31 @@ constexpr int64_t kManyTiles = 8;
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Into how many shares to divide the `steps` of each of `items`: of at_least, and those up to at_most that fill the
-// `at_once` blocks that a device holds one time or a few, the number that takes the least time. It is counted in steps
-// of a full device, of which fewer blocks, down to half of them, still have all of the memory's speed; what a block
-// does before and after its steps counts as kOwnSteps, and a second kernel, where shares need one, as kFinishSteps.
-inline int64_t splits_for(int64_t items, int64_t steps, int64_t at_least, int64_t at_most, int64_t at_once,
-                          bool finish) {
-  constexpr int64_t kOwnSteps = 2, kFinishSteps = 2, kMaxTimes = 4;
-  int64_t best = at_least, least = std::numeric_limits<int64_t>::max();
+// Into how many shares to divide the steps of a pass, and the time that it takes then.
+struct Splits {
+  int64_t count;
+  double time;
+};
+
+// The `steps` of each of `items` divided into at_least shares, or as many, up to at_most, as fill the `at_once` blocks
+// that a device holds one time or a few: the number that takes the least time. It is counted in steps of one block, of
+// which a device does at_once at a time; fewer blocks, down to half of them, still have all of the memory's speed. What
+// a block does before and after its steps counts as kOwnSteps, and a second kernel, where shares need one, as
+// kFinishSteps of all blocks; a step itself as step_cost.
+constexpr double kOwnSteps = 2, kFinishSteps = 2;
+
+inline Splits splits_for(int64_t items, int64_t steps, double step_cost, int64_t at_least, int64_t at_most,
+                         int64_t at_once, bool finish) {
+  constexpr int64_t kMaxTimes = 4;
+  Splits best{at_least, std::numeric_limits<double>::infinity()};
   const int64_t first = at_least > 1 ? std::max<int64_t>(items * at_least / at_once, 1) : 0;
   for (int64_t times = first; times <= first + kMaxTimes; ++times) {
     const int64_t splits = std::clamp(times * at_once / items, at_least, at_most);
     const int64_t last = items * splits % at_once;
     const int64_t blocks = items * splits - last + (last ? std::max(last, at_once / 2) : 0);
-    const int64_t time =
-        blocks * (ceil_div(steps, splits) + kOwnSteps) + (finish && splits > 1 ? at_once * kFinishSteps : 0);
-    if (time < least) best = splits, least = time;
+    const double time = double(blocks) * (double(ceil_div(steps, splits)) * step_cost + kOwnSteps) +
+                        (finish && splits > 1 ? double(at_once) * kFinishSteps : 0);
+    if (time < best.time) best = {splits, time};
   }
   return best;
 }
@@ -62,6 +73,7 @@ struct RowsLaunch {
   int64_t step;  // the elements of step_rows
   int64_t grid;
   int threads;
+  double time;  // by splits_for, for a vector of each thread
 };
 
 // at_once: blocks that the device holds.
@@ -74,7 +86,10 @@ inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t at
   const int64_t steps = ceil_div(slots, int64_t{r.threads} * unroll);
   // A term is the sum of a step's vectors.
   const int64_t for_accuracy = sums ? ceil_div(steps, kMaxSerialSum) : 1;
-  r.splits = splits_for(r.count, steps, for_accuracy, steps, at_once, sums);
+  const auto [splits, time] =
+      splits_for(r.count, steps, r.aligned ? 1 : kPartialRowsCost, for_accuracy, steps, at_once, sums);
+  r.splits = splits;
+  r.time = time * r.threads * unroll;
   r.step_rows = r.splits * r.threads / r.vectors;
   r.step_vectors = r.splits * r.threads % r.vectors;
   r.step = r.step_rows * r.pitch;
@@ -95,18 +110,19 @@ struct ColumnsLaunch {
   int64_t period_parts;  // periods side by side whose sums a block does not add up
   int results;           // parameters that a block has sums of
   int tile_folds;        // periods that it adds up
-  // Threads for each sum, a power of two. A sum has terms (rows and periods) by `inner`, which the threads take in
-  // turn: a thread goes on by so many of each.
-  int shares, step_terms, step_inner;
+  // Threads for each sum, which has terms (rows and periods) by `inner`: so many in each direction, powers of two.
+  int term_shares, inner_shares;
   int tx, ty, threads;
+  double time;             // as that of rows
   bool parameter_vectors;  // a vector's parameters lie side by side, aligned
 };
 
 // Vectors that hold whole parameters: a tile has a multiple of them.
 constexpr int64_t column_unit(int64_t inner, int64_t vector) { return inner / std::gcd(inner, vector); }
 
-// `line` is Args::line: 0, or what the width must be a multiple of, and vectors must divide. at_once: blocks that the
-// device holds. sums: of each parameter, of sum_bytes each; where there are none they take no workspace.
+// column_unit(plan.inner, vector) must be kMaxThreads at most. `line` is Args::line: 0, or what the width must be a
+// multiple of, and vectors must divide. at_once: blocks that the device holds. sums: of each parameter, of sum_bytes
+// each; where there are none they take no workspace.
 inline ColumnsLaunch plan_columns(const Plan& plan, int64_t line, int vector, int unroll, int64_t at_once,
                                   int64_t workspace, int sums, int64_t sum_bytes) {
   ColumnsLaunch c{line ? columns_of(plan, 1, 1) : columns_of(plan, vector, kMinColumnVectors * vector), plan.count,
@@ -135,16 +151,20 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t line, int vector, in
   c.tile_folds = c.tiles == 1 ? static_cast<int>(c.columns.fold) : 1;
   c.period_parts = c.columns.fold / c.tile_folds;
   c.results = static_cast<int>(c.tx * vector / plan.inner / c.tile_folds);
-  c.shares = 1;
-  while (c.shares < kWarp && 2 * c.shares * c.results * sums <= c.threads) c.shares *= 2;
-  c.step_terms = static_cast<int>(c.shares / plan.inner);
-  c.step_inner = static_cast<int>(c.shares % plan.inner);
+  int shares = 1;
+  while (shares < kWarp && 2 * shares * c.results * sums <= c.threads) shares *= 2;
+  c.inner_shares = static_cast<int>(std::bit_floor(uint64_t(std::min<int64_t>(shares, plan.inner))));
+  c.term_shares = shares / c.inner_shares;
   const int64_t steps = ceil_div(rows, int64_t{c.ty} * unroll);
   const int64_t for_accuracy = sums ? ceil_div(rows, c.ty * kMaxSerialSum) : 1;
   int64_t most = kMaxGridY;
   if (sums) most = std::clamp<int64_t>(workspace / (sums * sum_bytes * c.period_parts * c.count), 1, kMaxGridY);
   most = std::min(steps, most);
-  c.splits = splits_for(c.tiles, steps, std::min(for_accuracy, most), most, at_once, sums && c.period_parts == 1);
+  const bool has_parts = c.period_parts > 1;  // a second kernel adds them up, whatever the splits
+  const auto [splits, time] =
+      splits_for(c.tiles, steps, 1, std::min(for_accuracy, most), most, at_once, sums && !has_parts);
+  c.splits = splits;
+  c.time = (time + (sums && has_parts ? double(at_once) * kFinishSteps : 0)) * c.tx * c.ty * unroll;
   return c;
 }
 
@@ -152,9 +172,9 @@ inline bool has_long_rows(const Plan& plan, int64_t element_bytes) {
   return plan.inner * element_bytes >= kMinRowBytes;
 }
 
-// Long rows that are not whole vectors: each would load a vector that it shares with another, and store its own part of
-// it element by element. As columns they have whole vectors, if a tile can be so wide.
-inline bool are_better_columns(const Plan& plan, int vector) {
+// Long rows that are not whole vectors may be columns, which are, where a tile can hold a parameter's: as rows, each
+// loads a vector that it shares with another, and stores its own part of it element by element.
+inline bool may_be_columns(const Plan& plan, int vector) {
   return plan.inner % vector && column_unit(plan.inner, vector) <= kMaxThreads;
 }
 

@@ -553,21 +553,21 @@ __device__ __forceinline__ void store_sums_of_columns(const ColumnsLaunch& c, co
   }
   __syncthreads();
   const int inner = static_cast<int>(c.inner), terms = c.ty * c.tile_folds;
-  const int lane = threadIdx.x % kWarp, share = threadIdx.x % c.shares;
-  // Where `inner` has factors of two, a warp's threads begin apart, each in a bank of its own.
-  const int banks = min(inner & -inner, kWarp), start = share + c.shares * (lane / c.shares * banks / kWarp);
-  for (int first = threadIdx.x - lane; first < sums * c.results * c.shares; first += blockDim.x) {
-    const int result = (first + lane) / c.shares, q = result / c.results, of_q = result % c.results;
+  const int shares = c.term_shares * c.inner_shares;
+  const int lane = threadIdx.x % kWarp, share = threadIdx.x % shares;
+  // Where `inner` has factors of two, a warp's threads begin apart: else they would read from few banks.
+  const int banks = min(inner & -inner, kWarp), begin = lane / shares * banks / kWarp * c.inner_shares;
+  for (int first = threadIdx.x - lane; first < sums * c.results * shares; first += blockDim.x) {
+    const int result = (first + lane) / shares, q = result / c.results, of_q = result % c.results;
     A total = 0;
-    int term = start / inner, i = start % inner;
-    for (int n = share; q < sums && n < terms * inner; n += c.shares) {
-      total += shared[((q * terms + term) * c.results + of_q) * inner + i];
-      term += c.step_terms;
-      i += c.step_inner;
-      if (i >= inner) i -= inner, ++term;
-      if (term == terms) term = 0;
+    for (int term = share / c.inner_shares; q < sums && term < terms; term += c.term_shares) {
+      const A* const from = shared + ((q * terms + term) * c.results + of_q) * inner;
+      for (int n = share % c.inner_shares; n < inner; n += c.inner_shares) {
+        const int i = n + begin;
+        total += from[i < inner ? i : i - inner];
+      }
     }
-    for (int other = c.shares / 2; other > 0; other /= 2) total += __shfl_xor_sync(0xffffffffu, total, other);
+    for (int other = shares / 2; other > 0; other /= 2) total += __shfl_xor_sync(0xffffffffu, total, other);
     const int64_t slot = static_cast<int64_t>(blockIdx.x) * c.results + of_q;
     if (share || q >= sums || slot >= c.slots) continue;
     target.store(q, blockIdx.y * c.period_parts + slot / c.count, slot % c.count, total);

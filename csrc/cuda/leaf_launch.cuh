@@ -72,41 +72,40 @@ LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
     for (int k = 0; k < Op::inputs; ++k) b.vector = b.vector && whole(a.in_pitch[k]);
     for (int k = 0; k < Op::outputs; ++k) b.vector = b.vector && whole(a.out_pitch[k]);
   }
-  const auto vector = [&] { return b.vector ? kVector<S> : 1; };
-  const auto at_once = [&] {  // blocks that the device holds
-    return multiprocessors * (b.by_rows ? min_blocks<Op, S, true>(b.vector) : min_blocks<Op, S, false>(b.vector));
+  const auto at_once = [&](bool by_rows, bool vector) {  // blocks that the device holds
+    return multiprocessors * (by_rows ? min_blocks<Op, S, true>(vector) : min_blocks<Op, S, false>(vector));
   };
   const auto plan_by_rows = [&] {
-    b.rows = plan_rows(a.plan, vector(), unroll<Op, S>(b.vector), at_once(), sums);
-    b.sums = partial_sums(sums, b.rows.splits, a.plan.count);
+    b.rows = plan_rows(a.plan, b.vector ? kVector<S> : 1, unroll<Op, S>(b.vector), at_once(true, b.vector), sums);
   };
-  const auto plan_by_columns = [&] {
-    b.columns =
-        plan_columns(a.plan, a.line, vector(), unroll<Op, S>(b.vector), at_once(), a.workspace, sums, sum_bytes);
+  const auto plan_by_columns = [&](bool vector) {
+    b.columns = plan_columns(a.plan, a.line, vector ? kVector<S> : 1, unroll<Op, S>(vector), at_once(false, vector),
+                             a.workspace, sums, sum_bytes);
     b.sums = partial_sums(sums, b.columns.splits * b.columns.period_parts, a.plan.count);
   };
   const int64_t period = a.plan.period(), pitch = a.plan.pitch;
   const bool long_rows = has_long_rows(a.plan, sizeof(S));  // never with lines: `inner` is 1
   bool column_vectors = b.vector && kColumnVectors<Op> && (pitch == period || (whole(pitch) && whole(period))) &&
-                        (!long_rows || are_better_columns(a.plan, kVector<S>));
+                        (!long_rows || may_be_columns(a.plan, kVector<S>));
+  if (long_rows) plan_by_rows();
   if (column_vectors) {
-    plan_by_columns();
+    plan_by_columns(true);
     // Periods side by side may have partial sums whatever the splits.
-    column_vectors = b.sums.values * sum_bytes <= a.workspace;
+    column_vectors = b.sums.values * sum_bytes <= a.workspace && (!long_rows || b.columns.time < b.rows.time);
   }
   b.by_rows = long_rows && !column_vectors;
   if (b.by_rows) {
-    plan_by_rows();
+    b.sums = partial_sums(sums, b.rows.splits, a.plan.count);
   } else {
     b.vector = column_vectors;
-    if (!b.vector) plan_by_columns();
+    if (!b.vector) plan_by_columns(false);
     b.columns.parameter_vectors = b.vector && a.plan.inner == 1 && whole(a.parameters.matrix.columns);
     for (int q = 0; q < 4 * Op::sets; ++q) {
       const ParameterStrides& s = a.parameters.strides[q];
       b.columns.parameter_vectors &= s.column == 0 || (s.column == 1 && whole(s.row) && is_aligned(a.parameters.p[q]));
     }
   }
-  b.finish = plan_finish(b.sums, at_once());
+  b.finish = plan_finish(b.sums, at_once(b.by_rows, b.vector));
   b.workspace_bytes = b.sums.values * sum_bytes;
   return b;
 }

@@ -163,8 +163,8 @@ void watch(MemoryTrace& trace, const Args& a, size_t outputs, const std::vector<
   trace.watch(workspace.data, workspace.n / sizeof(Arithmetic<S>), sizeof(Arithmetic<S>));
 }
 
-// Each element of an input is read once, and of an output written once. But where rows are not whole vectors, a vector
-// that two of them share is read for each.
+// As many bytes are read of an input as it has, and written of an output. But where rows are not whole vectors, a
+// vector that two of them share is read for each.
 template <class S, class F>
 void check_traffic(const MemoryTrace& trace, const Args& a, const LaunchPlan& plan, size_t outputs, const F& named) {
   const int inputs = inputs_of(a.operation);
@@ -718,7 +718,8 @@ void plans_of_a_large_device() {
           at_most(ceil_div(plan.outer * r.vectors, r.splits * r.threads * at_once), kMaxSerialSum, "steps");
         } else {
           at_most(ceil_div(c.columns.rows, c.splits * c.ty), kMaxSerialSum, "rows");
-          at_most(ceil_div(c.ty * c.tile_folds * c.inner, c.shares), kMaxSerialSum, "terms");
+          at_most(ceil_div(c.ty * c.tile_folds, c.term_shares) * ceil_div(c.inner, c.inner_shares), kMaxSerialSum,
+                  "terms");
         }
         at_most(ceil_div(b.sums.parts, b.finish.ky), 32, "partial sums");
       }

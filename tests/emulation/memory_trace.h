@@ -37,8 +37,9 @@ class MemoryTrace {
   MemoryTrace(const MemoryTrace&) = delete;
   MemoryTrace& operator=(const MemoryTrace&) = delete;
 
-  // A request is one instruction of a warp: the accesses of its threads to one buffer at one place in the code, each
-  // thread's first since the last barrier, each one's second, ...
+  // A request is what a warp accesses of one buffer by one instruction: its threads' first accesses at a place in the
+  // code since the last barrier, their second, ... Where the threads of a warp take different turns of a loop (it is
+  // not unrolled here), these may not be what a GPU accesses at once; bytes and races are right all the same.
   struct Requests {
     int64_t count = 0;
     int64_t bytes = 0;    // over the threads
