@@ -69,6 +69,7 @@ MUTATIONS = {
     "a term too few in the columns' sum": (KERNELS, "&& term < terms;", "&& term + 1 < terms;"),
     "a column too few in the columns' sum": (KERNELS, "n < inner;", "n + 1 < inner;"),
     "the columns' sum behind its parameter's": (KERNELS, "from[i < inner ? i : i - inner]", "from[i]"),
+    "sums into half of the banks": (KERNELS, "backwards = N == 2 * Run && t.tx / 4 % 2", "backwards = false"),
     "sums from few banks": (KERNELS, "begin = lane /", "begin = 0 / "),
     "rows that are not whole vectors as rows": (PLANNER, "plan.inner % vector && column_unit", "false && column_unit"),
     "too wide a tile": (PLANNER, "column_unit(plan.inner, vector) <= kMaxThreads;", "true;"),

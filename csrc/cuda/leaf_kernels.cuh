@@ -540,15 +540,19 @@ __device__ __forceinline__ void store_sums_of_columns(const ColumnsLaunch& c, co
   using A = Arithmetic<S>;
   constexpr int Run = N < 16 / static_cast<int>(sizeof(A)) ? N : 16 / sizeof(A);
   A* const shared = reinterpret_cast<A*>(leaf_smem);  // [q][ty][column], or [q][term][a period's column]
+  // Of two words of 16 bytes, four of eight threads store the second first: together they then have all banks.
+  const bool backwards = N == 2 * Run && t.tx / 4 % 2;
   if (t.ty < c.ty) {
 #pragma unroll
     for (int q = 0; q < sums; ++q)
 #pragma unroll
-      for (int first = 0; first < N; first += Run) {
+      for (int run = 0; run < N; run += Run) {
+        const int other = N - Run - run;
         Vector<A, Run> v;
 #pragma unroll
-        for (int e = 0; e < Run; ++e) v.at[e] = sum[(first + e) * sums + q];
-        *reinterpret_cast<Word<A, Run>*>(shared + ((q * c.ty + t.ty) * c.tx + t.tx) * N + first) = word_of(v);
+        for (int e = 0; e < Run; ++e) v.at[e] = backwards ? sum[(other + e) * sums + q] : sum[(run + e) * sums + q];
+        A* const own = shared + ((q * c.ty + t.ty) * c.tx + t.tx) * N;
+        *reinterpret_cast<Word<A, Run>*>(own + (backwards ? other : run)) = word_of(v);
       }
   }
   __syncthreads();
