@@ -613,9 +613,9 @@ void small_plans() {
       c.grad_stride = 0;
       run_types(c);
     }
-  for (const Plan& plan :
-       {Plan{1, 1, 5000}, Plan{7, 3, 196}, Plan{300, 33, 1}, Plan{64, 10, 9}, Plan{2, 700, 1}, Plan{1, 70, 40},
-        Plan{1000, 3, 1}, Plan{1, 600, 1}, Plan{256, 67, 1}, Plan{5, 300, 70}, Plan{3, 5000, 1}, Plan{9, 4, 510}})
+  for (const Plan& plan : {Plan{1, 1, 5000}, Plan{7, 3, 196}, Plan{300, 33, 1}, Plan{64, 10, 9}, Plan{2, 700, 1},
+                           Plan{1, 70, 40}, Plan{1000, 3, 1}, Plan{1, 600, 1}, Plan{256, 67, 1}, Plan{5, 300, 70},
+                           Plan{3, 5000, 1}, Plan{9, 4, 510}, Plan{3, 2, 301}})
     for (int64_t multiprocessors : {1, 5, 132}) {
       Case c{plan};
       c.multiprocessors = multiprocessors;
