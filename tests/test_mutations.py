@@ -69,6 +69,12 @@ MUTATIONS = {
     "a term too few in the columns' sum": (KERNELS, "&& term < terms;", "&& term + 1 < terms;"),
     "a column too few in the columns' sum": (KERNELS, "n < inner;", "n + 1 < inner;"),
     "the columns' sum behind its parameter's": (KERNELS, "from[i < inner ? i : i - inner]", "from[i]"),
+    "outputs written twice": (
+        KERNELS,
+        "        a.template run<true, false>(place(row + j * step), loaded[j], p, sum);\n",
+        "        for (int again = Op::sums == 0; again >= 0; --again)\n"
+        "          a.template run<true, false>(place(row + j * step), loaded[j], p, sum);\n",
+    ),
     "sums into half of the banks": (KERNELS, "backwards = N == 2 * Run && t.tx / 4 % 2", "backwards = false"),
     "sums from few banks": (KERNELS, "begin = lane /", "begin = 0 / "),
     "rows that are not whole vectors as rows": (PLANNER, "plan.inner % vector && column_unit", "false && column_unit"),

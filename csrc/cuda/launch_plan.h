@@ -32,6 +32,9 @@ constexpr int64_t kManyTiles = 8;
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// What a block does before and after its steps, and a second kernel that adds up partial sums, each as so many steps.
+constexpr double kOwnSteps = 2, kFinishSteps = 2;
+
 // Into how many shares to divide the steps of a pass, and the time that it takes then.
 struct Splits {
   int64_t count;
@@ -39,14 +42,11 @@ struct Splits {
 };
 
 // The `steps` of each of `items` divided into at_least shares, or as many, up to at_most, as fill the `at_once` blocks
-// that a device holds one time or a few: the number that takes the least time. It is counted in steps of one block, of
-// which a device does at_once at a time; fewer blocks, down to half of them, still have all of the memory's speed. What
-// a block does before and after its steps counts as kOwnSteps, and a second kernel, where shares need one, as
-// kFinishSteps of all blocks; a step itself as step_cost.
-constexpr double kOwnSteps = 2, kFinishSteps = 2;
-
+// that a device holds one time or a few: the number that takes the least time. It is counted in steps of one block,
+// each at step_cost, of which a device does at_once at a time; fewer blocks, down to half of them, still have all of
+// the memory's speed. parts: partial sums of a parameter for each share, 0 where there are no sums.
 inline Splits splits_for(int64_t items, int64_t steps, double step_cost, int64_t at_least, int64_t at_most,
-                         int64_t at_once, bool finish) {
+                         int64_t at_once, int64_t parts) {
   constexpr int64_t kMaxTimes = 4;
   Splits best{at_least, std::numeric_limits<double>::infinity()};
   const int64_t first = at_least > 1 ? std::max<int64_t>(items * at_least / at_once, 1) : 0;
@@ -55,7 +55,7 @@ inline Splits splits_for(int64_t items, int64_t steps, double step_cost, int64_t
     const int64_t last = items * splits % at_once;
     const int64_t blocks = items * splits - last + (last ? std::max(last, at_once / 2) : 0);
     const double time = double(blocks) * (double(ceil_div(steps, splits)) * step_cost + kOwnSteps) +
-                        (finish && splits > 1 ? double(at_once) * kFinishSteps : 0);
+                        (parts * splits > 1 ? double(at_once) * kFinishSteps : 0);
     if (time < best.time) best = {splits, time};
   }
   return best;
@@ -73,7 +73,7 @@ struct RowsLaunch {
   int64_t step;  // the elements of step_rows
   int64_t grid;
   int threads;
-  double time;  // by splits_for, for a vector of each thread
+  double time;  // that of splits_for, by the vectors of a step
 };
 
 // at_once: blocks that the device holds.
@@ -87,7 +87,7 @@ inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t at
   // A term is the sum of a step's vectors.
   const int64_t for_accuracy = sums ? ceil_div(steps, kMaxSerialSum) : 1;
   const auto [splits, time] =
-      splits_for(r.count, steps, r.aligned ? 1 : kPartialRowsCost, for_accuracy, steps, at_once, sums);
+      splits_for(r.count, steps, r.aligned ? 1 : kPartialRowsCost, for_accuracy, steps, at_once, sums ? 1 : 0);
   r.splits = splits;
   r.time = time * r.threads * unroll;
   r.step_rows = r.splits * r.threads / r.vectors;
@@ -160,11 +160,10 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t line, int vector, in
   int64_t most = kMaxGridY;
   if (sums) most = std::clamp<int64_t>(workspace / (sums * sum_bytes * c.period_parts * c.count), 1, kMaxGridY);
   most = std::min(steps, most);
-  const bool has_parts = c.period_parts > 1;  // a second kernel adds them up, whatever the splits
   const auto [splits, time] =
-      splits_for(c.tiles, steps, 1, std::min(for_accuracy, most), most, at_once, sums && !has_parts);
+      splits_for(c.tiles, steps, 1, std::min(for_accuracy, most), most, at_once, sums ? c.period_parts : 0);
   c.splits = splits;
-  c.time = (time + (sums && has_parts ? double(at_once) * kFinishSteps : 0)) * c.tx * c.ty * unroll;
+  c.time = time * c.tx * c.ty * unroll;
   return c;
 }
 
@@ -172,8 +171,8 @@ inline bool has_long_rows(const Plan& plan, int64_t element_bytes) {
   return plan.inner * element_bytes >= kMinRowBytes;
 }
 
-// Long rows that are not whole vectors may be columns, which are, where a tile can hold a parameter's: as rows, each
-// loads a vector that it shares with another, and stores its own part of it element by element.
+// Whether long rows may be columns. It pays where they are not whole vectors: as rows, each loads a vector that it
+// shares with another, and stores its own part of it element by element. A tile must hold a parameter's columns.
 inline bool may_be_columns(const Plan& plan, int vector) {
   return plan.inner % vector && column_unit(plan.inner, vector) <= kMaxThreads;
 }

@@ -4,13 +4,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "../../csrc/cuda/leaf_launch.cuh"
+#include "buffer.h"
 #include "cuda_emulation.h"
 #include "memory_trace.h"
 
@@ -30,31 +29,6 @@ void check(bool ok, const std::string& what) {
   std::printf("FAILED %s\n", what.c_str());
   if (stop_at_first_failure) std::exit(1);
 }
-
-// n elements that end where the allocation ends, `offset` elements behind a boundary as PyTorch's allocator has.
-template <class S>
-struct Buffer {
-  static void release(char* p) { ::operator delete(p, std::align_val_t{512}); }
-  std::unique_ptr<char, decltype(&release)> memory{nullptr, &release};
-  S* data;
-  int64_t n;
-
-  explicit Buffer(int64_t count, int64_t offset = 0) : n(count) {
-    memory.reset(static_cast<char*>(::operator new((count + offset) * sizeof(S) + 1, std::align_val_t{512})));
-    data = reinterpret_cast<S*>(memory.get()) + offset;
-    poison();
-  }
-  void poison() { std::memset(static_cast<void*>(data), 0xff, n * sizeof(S)); }
-  template <class Random>
-  void fill(Random& random) {
-    std::normal_distribution<double> normal;
-    for (int64_t i = 0; i < n; ++i) data[i] = static_cast<S>(static_cast<float>(2 * normal(random)));
-  }
-  std::vector<char> bits() const {
-    const char* const begin = reinterpret_cast<const char*>(data);
-    return {begin, begin + n * sizeof(S)};
-  }
-};
 
 template <class S>
 constexpr c10::ScalarType kType = c10::ScalarType::Half;

@@ -3,11 +3,10 @@
 //
 // A fix that lowers a count lowers its bound; a change that must raise one says why in its commit.
 #include <cstdio>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "../../csrc/cuda/leaf_launch.cuh"
+#include "buffer.h"
 #include "memory_trace.h"
 
 using namespace leaf_cuda;
@@ -18,17 +17,6 @@ using cuda_emulation::Schedule;
 namespace {
 
 constexpr int64_t kMultiprocessors = 132;
-
-// Zeroed, with a vector more, and aligned as PyTorch's allocator does.
-struct Memory {
-  static constexpr std::align_val_t alignment{512};
-  static void release(void* p) { ::operator delete(p, alignment); }
-  std::unique_ptr<void, decltype(&release)> data{nullptr, &release};
-  explicit Memory(int64_t bytes) {
-    data.reset(::operator new(bytes + 16, alignment));
-    std::memset(data.get(), 0, bytes + 16);
-  }
-};
 
 // Sectors of inputs, of outputs, and of all else in global memory, over those of a tensor of u's size; the times that a
 // bank of shared memory is read or written, for each 1000 elements.
@@ -43,10 +31,10 @@ Traffic traffic(const Plan& plan, Operation operation, c10::ScalarType dtype) {
   a.dtype = dtype;
   a.parameters.dtype = a.dp_dtype = c10::ScalarType::Float;
   a.parameters.matrix = {1, plan.count};
-  std::vector<Memory> memory;
+  std::vector<Buffer<char>> memory;
   MemoryTrace trace;
   const auto watched = [&](int64_t n, int64_t element_bytes) {
-    void* const data = memory.emplace_back(n * element_bytes).data.get();
+    void* const data = memory.emplace_back(n * element_bytes).data;
     trace.watch(data, n, element_bytes);
     return data;
   };
