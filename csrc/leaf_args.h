@@ -63,6 +63,21 @@ struct Args {
   int64_t in_pitch[kMaxInputs], out_pitch[kMaxOutputs];
 };
 
+// f(a zero of the dtype's C++ type)
+template <class F>
+void dispatch_dtype(c10::ScalarType dtype, F f) {
+  switch (dtype) {
+    case c10::ScalarType::Double:
+      return f(double{});
+    case c10::ScalarType::Float:
+      return f(float{});
+    case c10::ScalarType::BFloat16:
+      return f(c10::BFloat16{});
+    default:
+      return f(c10::Half{});
+  }
+}
+
 // f(the operation's type)
 template <class F>
 void dispatch_operation(Operation operation, F f) {

@@ -98,11 +98,17 @@ COMPILE += ["-isystem", str(Path(torch.__file__).parent / "include")]
 TRACE = ["-fsanitize=thread", "-fno-tree-sra"]  # for the test's own file, and not for linking
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 EMULATION = ["tests/emulation/cuda_emulation.cpp", "tests/emulation/memory_trace.cpp"]
+# What finds most first, and last the sanitizers, which take long: a test, how it is compiled, how it is linked.
+TESTS = [
+    ("kernels_test", ["-DLEAF_STORAGE=c10::BFloat16", *TRACE], []),
+    ("traffic_test", TRACE, []),
+    ("kernels_test", ["-DLEAF_STORAGE=float", *TRACE], []),
+    ("kernels_test", ["-DLEAF_STORAGE=c10::BFloat16", *SANITIZERS], SANITIZERS),
+]
 
 
 def build_and_run(name, folder):
-    """The C++ tests with the bug in them, until one fails: that of the kernels, that of what they move, and that of the
-    kernels with the sanitizers, which take long."""
+    """The C++ tests with the bug in them, until one fails."""
     path, old, new = MUTATIONS[name]
     for part in ("csrc", "tests/cpp", "tests/emulation"):
         shutil.copytree(ROOT / part, folder / part)
@@ -111,11 +117,7 @@ def build_and_run(name, folder):
         assert text.count(old) == 1, f"{path} has the text to change {text.count(old)} times"
         (folder / path).write_text(text.replace(old, new))
 
-    for test, flags, link_flags in (
-        ("kernels_test", TRACE, []),
-        ("traffic_test", TRACE, []),
-        ("kernels_test", SANITIZERS, SANITIZERS),
-    ):
+    for test, flags, link_flags in TESTS:
         compile_test = [*COMPILE, *flags, "-c", f"tests/cpp/{test}.cpp", "-o", "test.o"]
         link = [*COMPILE, *link_flags, "test.o", *EMULATION, "-o", test]
         for command in (compile_test, link):

@@ -66,26 +66,11 @@ const InnerLoopsByOperation& loops_for(at::ScalarType dtype) {
   }
 }
 
-// f(a zero of the C++ type of dtype)
-template <class F>
-void dispatch_value_type(at::ScalarType dtype, F f) {
-  switch (dtype) {
-    case at::kDouble:
-      return f(double{});
-    case at::kFloat:
-      return f(float{});
-    case at::kBFloat16:
-      return f(at::BFloat16{});
-    default:
-      return f(at::Half{});
-  }
-}
-
 // f(q, p, strides) for each of an operation's `sets` of parameters, p of its own type; p points to a zero where there
 // is none.
 template <int sets, class F>
 void for_each_parameter(const ParameterArgs& parameters, F f) {
-  dispatch_value_type(parameters.dtype, [&](auto zero) {
+  dispatch_dtype(parameters.dtype, [&](auto zero) {
     using P = decltype(zero);
     for (int q = 0; q < 4 * sets; ++q)
       f(q, parameters.p[q] ? static_cast<const P*>(parameters.p[q]) : &zero, parameters.strides[q]);
@@ -305,7 +290,7 @@ bool beyond_caches(const Plan& plan, at::ScalarType dtype) {
 // Parameter first + k has the gradients sums[q·stride + k], k < n.
 template <class Op, class T>
 void write_gradients(const Args& a, int64_t first, int64_t n, const T* sums, int64_t stride) {
-  dispatch_value_type(a.dp_dtype, [&](auto zero) {
+  dispatch_dtype(a.dp_dtype, [&](auto zero) {
     using P = decltype(zero);
     for (int q = 0; q < Op::sums; ++q) {
       if (!a.dp[q]) continue;

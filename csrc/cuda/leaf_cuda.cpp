@@ -1,4 +1,4 @@
-// The CUDA backend: device, stream and workspace for the kernels of leaf_kernels.cu.
+// The CUDA backend: device, stream and workspace for the kernels of leaf_kernels_*.cu.
 #include "leaf_kernels.h"
 
 #include <ATen/ops/empty.h>
@@ -25,7 +25,9 @@ void run(const Args& args, const Tensor& u) {
     workspace = at::empty({bytes}, u.options().dtype(at::kByte));
     return workspace.mutable_data_ptr();
   };
-  run_on(c10::cuda::getCurrentCUDAStream(), multiprocessors_of_current_device(), args, allocate);
+  dispatch_dtype(args.dtype, [&](auto zero) {
+    run_on<decltype(zero)>(c10::cuda::getCurrentCUDAStream(), multiprocessors_of_current_device(), args, allocate);
+  });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The line between the host compiler's file, which knows ATen, and nvcc's, which does not.
+// The line between the host compiler's file, which knows ATen, and nvcc's (leaf_kernels_*.cu), which do not.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,7 +10,10 @@
 namespace leaf_cuda::cuda {
 
 // allocate(bytes): the workspace, on the device; called where one is needed.
-void run_on(cudaStream_t stream, int64_t multiprocessors, const Args& args,
-            const std::function<void*(int64_t)>& allocate);
+using Allocate = std::function<void*(int64_t)>;
+
+// S: the storage type, args.dtype's.
+template <class S>
+void run_on(cudaStream_t stream, int64_t multiprocessors, const Args& args, const Allocate& allocate);
 
 }  // namespace leaf_cuda::cuda

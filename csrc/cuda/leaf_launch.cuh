@@ -11,20 +11,6 @@ namespace leaf_cuda::cuda {
 template <class Op, class S, int N>
 constexpr int kUnroll = (N == 1 && sizeof(S) < 8 ? 2 : 1) * (Op::inputs < 4 ? 4 / Op::inputs : 1);
 
-template <class F>
-void dispatch_storage(c10::ScalarType dtype, F f) {
-  switch (dtype) {
-    case c10::ScalarType::Double:
-      return f(double{});
-    case c10::ScalarType::Float:
-      return f(float{});
-    case c10::ScalarType::BFloat16:
-      return f(c10::BFloat16{});
-    default:
-      return f(c10::Half{});
-  }
-}
-
 // Elements in a 16-byte vector.
 template <class S>
 constexpr int kVector = 16 / sizeof(S);
@@ -58,7 +44,7 @@ struct LaunchPlan {
 };
 
 template <class Op, class S>
-LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
+LaunchPlan plan_pass(const Args& a, int64_t multiprocessors) {
   constexpr int64_t sum_bytes = sizeof(Arithmetic<S>);
   LaunchPlan b{};
   b.sums_wanted = std::any_of(a.dp, a.dp + Op::sums, [](const void* dp) { return dp; });
@@ -138,26 +124,19 @@ void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Op::sums, S
   }
 }
 
-// f(the operation's type, a zero of the storage type)
-template <class F>
-void dispatch(const Args& a, F f) {
-  dispatch_operation(a.operation,
-                     [&](auto operation) { dispatch_storage(a.dtype, [&](auto zero) { f(operation, zero); }); });
-}
-
-inline LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
+// S: the storage type, a.dtype's.
+template <class S>
+LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
   LaunchPlan b;
-  dispatch(
-      a, [&](auto operation, auto zero) { b = plan_launch<decltype(operation), decltype(zero)>(a, multiprocessors); });
+  dispatch_operation(a.operation, [&](auto op) { b = plan_pass<decltype(op), S>(a, multiprocessors); });
   return b;
 }
 
 // workspace: b.workspace_bytes on the device.
-template <class Launcher>
+template <class S, class Launcher>
 void launch(const Args& a, const LaunchPlan& b, void* workspace, const Launcher& launcher) {
-  dispatch(a, [&](auto operation, auto zero) {
-    using Op = decltype(operation);
-    using S = decltype(zero);
+  dispatch_operation(a.operation, [&](auto op) {
+    using Op = decltype(op);
     using A = Arithmetic<S>;
     SumTarget<Op::sums, S> target{b.sums_wanted, b.sums, static_cast<A*>(workspace), a.dp_dtype, a.parameters.matrix};
     std::copy_n(a.dp, Op::sums, target.dp);

@@ -1,5 +1,7 @@
 // The CUDA kernels and their planner against a plain loop, by the emulation. Meant for the address and undefined
 // behaviour sanitizers: buffers are exactly as long as they should be, and what a kernel must write is NaN before.
+//
+// -DLEAF_STORAGE=double, float, c10::BFloat16 or c10::Half: a program for each, so that they compile side by side.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -30,14 +32,11 @@ void check(bool ok, const std::string& what) {
   if (stop_at_first_failure) std::exit(1);
 }
 
-template <class S>
-constexpr c10::ScalarType kType = c10::ScalarType::Half;
-template <>
-constexpr c10::ScalarType kType<double> = c10::ScalarType::Double;
-template <>
-constexpr c10::ScalarType kType<float> = c10::ScalarType::Float;
-template <>
-constexpr c10::ScalarType kType<c10::BFloat16> = c10::ScalarType::BFloat16;
+// The tensors' type, and the parameters': as in PyTorch, or float beside a half type.
+using S = LEAF_STORAGE;
+using P = std::conditional_t<std::is_same_v<S, c10::BFloat16>, float, S>;
+constexpr c10::ScalarType kStorage = c10::CppTypeToScalarType<S>::value;
+constexpr c10::ScalarType kParameter = c10::CppTypeToScalarType<P>::value;
 
 struct Case {
   Plan plan;
@@ -69,13 +68,13 @@ struct Case {
   int64_t parameter_extent() const { return plan.count + std::max<int64_t>(parameter_gap, 0) * parameter_rows; }
 };
 
-std::string name(const Case& c, const char* type, const char* what) {
+std::string name(const Case& c, const char* what) {
   char text[300];
   std::snprintf(text, sizeof(text),
                 "%s %s (%ld, %ld, %ld) pitch %ld offset %ld grad stride %d shared %ld p2p4 %d du %d mp %ld gap %ld "
                 "lines %ld parameter offset %ld rows %ld gap %ld",
-                what, type, long(c.plan.outer), long(c.plan.count), long(c.plan.inner), long(c.plan.pitch),
-                long(c.offset), c.grad_stride, long(c.shared_parameter), c.p2_and_p4, c.want_du,
+                what, c10::toString(kStorage), long(c.plan.outer), long(c.plan.count), long(c.plan.inner),
+                long(c.plan.pitch), long(c.offset), c.grad_stride, long(c.shared_parameter), c.p2_and_p4, c.want_du,
                 long(c.multiprocessors), long(c.gap), long(c.lines), long(c.parameter_offset), long(c.parameter_rows),
                 long(c.parameter_gap));
   return text;
@@ -94,15 +93,12 @@ auto launcher(const Schedule& schedule, MemoryTrace* trace) {
   };
 }
 
-// Whether |got − want| is within `ulps` units of S's relative precision, on the scale of the terms that made it, or
+// Whether |got − want| is within `ulps` units of T's relative precision, on the scale of the terms that made it, or
 // within half's smallest number.
-template <class S>
-bool close(double got, double want, double scale, double ulps) {
-  const double epsilon = sizeof(S) == 8                 ? 0x1p-52
-                         : sizeof(S) == 4               ? 0x1p-23
-                         : kType<S> == kType<c10::Half> ? 0x1p-10
-                                                        : 0x1p-7;
-  return std::abs(got - want) <= ulps * epsilon * scale + (kType<S> == kType<c10::Half> ? 0x1p-24 : 0);
+template <class T>
+bool close(T got, double want, double scale, double ulps) {
+  const double smallest = std::is_same_v<T, c10::Half> ? 0x1p-24 : 0;
+  return std::abs(static_cast<double>(got) - want) <= ulps * std::numeric_limits<T>::epsilon() * scale + smallest;
 }
 
 // What an output or a gradient should be, and the scale of the terms that made it.
@@ -122,7 +118,6 @@ int inputs_of(Operation operation) {
 }
 
 // Watches what a pass moves: its inputs, its outputs, and its sums.
-template <class S, class P>
 void watch(MemoryTrace& trace, const Args& a, size_t outputs, const std::vector<Buffer<P>>& dp,
            const Buffer<char>& workspace) {
   const auto operand = [&](const void* begin, int64_t pitch) {
@@ -139,7 +134,7 @@ void watch(MemoryTrace& trace, const Args& a, size_t outputs, const std::vector<
 
 // As many bytes are read of an input as it has, and written of an output. But where rows are not whole vectors, a
 // vector that two of them share is read for each.
-template <class S, class F>
+template <class F>
 void check_traffic(const MemoryTrace& trace, const Args& a, const LaunchPlan& plan, size_t outputs, const F& named) {
   const int inputs = inputs_of(a.operation);
   const int64_t bytes = a.plan.numel() * sizeof(S), slots = a.plan.outer * a.plan.count * plan.rows.vectors;
@@ -156,14 +151,13 @@ void check_traffic(const MemoryTrace& trace, const Args& a, const LaunchPlan& pl
   }
 }
 
-// One operation in every schedule: the same bits, and what is expected. P is the gradients' type.
-template <class S, class P>
-void run_operation(const Case& c, const char* type, Args args, std::vector<Buffer<S>>& out, std::vector<Buffer<P>>& dp,
+// One operation in every schedule: the same bits, and what is expected.
+void run_operation(const Case& c, Args args, std::vector<Buffer<S>>& out, std::vector<Buffer<P>>& dp,
                    const std::vector<Expected>& expected_out, const std::vector<Expected>& expected_dp, double ulps) {
   const char* names[] = {"forward",      "backward",      "double backward", "glu forward", "glu backward",
                          "lstm forward", "lstm backward", "gru forward",     "gru backward"};
   const std::string what = std::string(names[static_cast<int>(args.operation)]) + " ";
-  const auto named = [&](const char* detail) { return name(c, type, (what + detail).c_str()); };
+  const auto named = [&](const char* detail) { return name(c, (what + detail).c_str()); };
   const auto at = [&](size_t k, int64_t i) {
     return args.line ? i / args.line * args.out_pitch[k] + i % args.line : c.plan.at(i);
   };
@@ -172,7 +166,7 @@ void run_operation(const Case& c, const char* type, Args args, std::vector<Buffe
     args.dp[q] = args.parameters.p[q] ? dp[q].data : nullptr;
     args.dp_strides[q] = c.gradient_strides();
   }
-  args.dp_dtype = kType<P>;
+  args.dp_dtype = kParameter;
   if (!dp.empty() && !c.want_du) args.out[0] = nullptr;
 
   std::vector<std::vector<char>> first;
@@ -180,14 +174,14 @@ void run_operation(const Case& c, const char* type, Args args, std::vector<Buffe
     for (auto& o : out) o.poison();
     for (auto& d : dp) d.poison();
     try {
-      const LaunchPlan plan = plan_launch(args, c.multiprocessors);
+      const LaunchPlan plan = plan_launch<S>(args, c.multiprocessors);
       check(plan.workspace_bytes <= args.workspace, named("workspace"));
       Buffer<char> workspace(plan.workspace_bytes);
       MemoryTrace trace;
       const bool traced = cuda_emulation::is_traced && first.empty();
-      if (traced) watch<S>(trace, args, out.size(), dp, workspace);
-      launch(args, plan, workspace.data, launcher(schedule, traced ? &trace : nullptr));
-      if (traced) check_traffic<S>(trace, args, plan, out.size(), named);
+      if (traced) watch(trace, args, out.size(), dp, workspace);
+      launch<S>(args, plan, workspace.data, launcher(schedule, traced ? &trace : nullptr));
+      if (traced) check_traffic(trace, args, plan, out.size(), named);
     } catch (const std::exception& error) {
       return check(false, named(error.what()));
     }
@@ -203,9 +197,8 @@ void run_operation(const Case& c, const char* type, Args args, std::vector<Buffe
     bool ok = true;
     std::vector<bool> written(out[k].n);
     for (int64_t i = 0; i < c.plan.numel(); ++i) {
-      const double value = static_cast<double>(out[k].data[at(k, i)]);
       written[at(k, i)] = true;
-      ok = ok && close<S>(value, expected_out[k].value[i], expected_out[k].scale[i], ulps);
+      ok = ok && close(out[k].data[at(k, i)], expected_out[k].value[i], expected_out[k].scale[i], ulps);
     }
     check(ok, named(("output " + std::to_string(k)).c_str()));
     for (int64_t i = 0; i < out[k].n; ++i) ok = ok && (written[i] || std::isnan(static_cast<double>(out[k].data[i])));
@@ -217,8 +210,7 @@ void run_operation(const Case& c, const char* type, Args args, std::vector<Buffe
     for (int64_t k = 0; args.dp[q] && k < c.plan.count; ++k) {
       const int64_t at = args.dp_strides[q].at(args.parameters.matrix.at(k));
       written[at] = true;
-      ok = ok &&
-           close<P>(static_cast<double>(dp[q].data[at]), expected_dp[q].value[k], expected_dp[q].scale[k], 2 * ulps);
+      ok = ok && close(dp[q].data[at], expected_dp[q].value[k], expected_dp[q].scale[k], 2 * ulps);
     }
     check(ok, named(("gradient " + std::to_string(q)).c_str()));
     for (int64_t i = 0; i < dp[q].n; ++i) ok = ok && (written[i] || std::isnan(static_cast<double>(dp[q].data[i])));
@@ -226,9 +218,7 @@ void run_operation(const Case& c, const char* type, Args args, std::vector<Buffe
   }
 }
 
-// P is the parameters' type, as in PyTorch: float for the half types, else S.
-template <class S, class P>
-void run(const Case& c, const char* type) {
+void run(const Case& c) {
   std::mt19937_64 random(c.plan.numel() * 31 + c.offset);
   const int64_t n = c.plan.numel(), extent = c.plan.at(n - 1) + 1, count = c.plan.count;
   Buffer<S> u(extent, c.offset), grad(c.grad_stride ? extent : 1), v(extent);
@@ -236,9 +226,9 @@ void run(const Case& c, const char* type) {
   std::vector<Buffer<P>> p, dp;
   Args args{};
   args.plan = c.plan;
-  args.dtype = kType<S>;
+  args.dtype = kStorage;
   args.workspace = workspace_limit(c.plan.numel(), sizeof(S));
-  args.parameters.dtype = kType<P>;
+  args.parameters.dtype = kParameter;
   args.parameters.matrix = c.matrix();
   for (int q = 0; q < 8; ++q) {
     p.emplace_back(q == c.shared_parameter ? 1 : c.parameter_extent(), c.parameter_offset);
@@ -297,26 +287,25 @@ void run(const Case& c, const char* type) {
   std::vector<Buffer<S>> out;
   buffers(out, 1, extent);
   args.operation = Operation::forward;
-  run_operation<S, P>(c, type, args, out, dp, {y}, {}, 4);
+  run_operation(c, args, out, dp, {y}, {}, 4);
   buffers(dp, 4, c.parameter_extent());
   args.operation = Operation::backward;
-  run_operation<S, P>(c, type, args, out, dp, {du}, sums, 8);
+  run_operation(c, args, out, dp, {du}, sums, 8);
   buffers(out, 2, extent);
   buffers(dp, 3, c.parameter_extent());
   args.operation = Operation::double_backward;
-  run_operation<S, P>(c, type, args, out, dp, {dgrad, ddu}, double_sums, 8);
+  run_operation(c, args, out, dp, {dgrad, ddu}, double_sums, 8);
 }
 
 // The gated unit, its operands dense or in lines, each with a gap of its own between.
-template <class S, class P>
-void run_glu(const Case& c, const char* type) {
+void run_glu(const Case& c) {
   std::mt19937_64 random(c.plan.numel() * 17 + c.gap);
   const int64_t n = c.plan.numel(), count = c.plan.count;
   Args args{};
   args.plan = c.plan;
-  args.dtype = kType<S>;
+  args.dtype = kStorage;
   args.workspace = workspace_limit(c.plan.numel(), sizeof(S));
-  args.parameters.dtype = kType<P>;
+  args.parameters.dtype = kParameter;
   args.parameters.matrix = c.matrix();
   args.line = c.gap < 0 ? 0 : count / c.lines;
   // Each its own; whole vectors apart where the line and the gap make whole vectors.
@@ -366,18 +355,11 @@ void run_glu(const Case& c, const char* type) {
   };
   add_output(0);
   args.operation = Operation::glu_forward;
-  run_operation<S, P>(c, type, args, out, dp, {y}, {}, 4);
+  run_operation(c, args, out, dp, {y}, {}, 4);
   add_output(1);
   for (int q = 0; q < 4; ++q) dp.emplace_back(count);
   args.operation = Operation::glu_backward;
-  run_operation<S, P>(c, type, args, out, dp, {da, db}, sums, 8);
-}
-
-void run_glu_types(const Case& c) {
-  run_glu<double, double>(c, "double");
-  run_glu<float, float>(c, "float");
-  run_glu<c10::BFloat16, float>(c, "bfloat16");
-  run_glu<c10::Half, c10::Half>(c, "half");
+  run_operation(c, args, out, dp, {da, db}, sums, 8);
 }
 
 // y = leaf(u) in double, and its derivatives by u and by p1, p2, p3 (by p4 it is 1).
@@ -394,16 +376,15 @@ struct Activation {
 
 // A step of an LSTM or a GRU, its operands in lines with a gap of its own between. Values are of some size 1, and so is
 // the scale that errors are held against.
-template <class S, class P>
-void run_cell(bool lstm, const Case& c, const char* type) {
+void run_cell(bool lstm, const Case& c) {
   std::mt19937_64 random(c.plan.numel() * 13 + c.gap + lstm);
   const int64_t n = c.plan.numel(), count = c.plan.count;
   const int sets = lstm ? 5 : 3, inputs = lstm ? 7 : 6;
   Args args{};
   args.plan = c.plan;
-  args.dtype = kType<S>;
+  args.dtype = kStorage;
   args.workspace = workspace_limit(c.plan.numel(), sizeof(S));
-  args.parameters.dtype = kType<P>;
+  args.parameters.dtype = kParameter;
   args.parameters.matrix = c.matrix();
   args.line = count;
   const auto pitch = [&](int k) { return count + c.gap + 16 * k; };
@@ -473,21 +454,17 @@ void run_cell(bool lstm, const Case& c, const char* type) {
   };
   outputs(forward.size());
   args.operation = lstm ? Operation::lstm_forward : Operation::gru_forward;
-  run_operation<S, P>(c, type, args, out, dp, forward, {}, ulps);
+  run_operation(c, args, out, dp, forward, {}, ulps);
   outputs(5);
   for (int q = 0; q < 4 * sets; ++q) dp.emplace_back(count);
   args.operation = lstm ? Operation::lstm_backward : Operation::gru_backward;
-  run_operation<S, P>(c, type, args, out, dp, backward, sums, ulps);
+  run_operation(c, args, out, dp, backward, sums, ulps);
 }
 
 void cell_plans() {
   const auto run = [](const Case& c) {
-    for (bool lstm : {true, false}) {
-      run_cell<double, double>(lstm, c, "double");
-      run_cell<float, float>(lstm, c, "float");
-      run_cell<c10::BFloat16, float>(lstm, c, "bfloat16");
-      run_cell<c10::Half, c10::Half>(lstm, c, "half");
-    }
+    run_cell(true, c);
+    run_cell(false, c);
   };
   for (const Plan& plan : {Plan{1, 1, 1}, Plan{3, 7, 1}, Plan{2, 33, 1}, Plan{20, 32, 1}, Plan{70, 5, 1},
                            Plan{3, 300, 1}, Plan{200, 40, 1}})
@@ -505,18 +482,18 @@ void cell_plans() {
 
 void glu_plans() {
   for (int64_t n = 1; n <= 17; ++n) {
-    run_glu_types({{1, 1, n}});
-    run_glu_types({{3, 5, 64 + n}});
-    run_glu_types({{3, n, 1}});
+    run_glu({{1, 1, n}});
+    run_glu({{3, 5, 64 + n}});
+    run_glu({{3, n, 1}});
     for (int64_t gap : {int64_t{0}, int64_t{1}, (31 - n) % 16 + 1}) {  // the last: a pitch of whole vectors
       Case c{{3, n, 1}};
       c.gap = gap;
-      run_glu_types(c);
+      run_glu(c);
       c.plan = {21, 32 + n, 1};
-      run_glu_types(c);
+      run_glu(c);
       c.plan = {5, 3 * n, 1};
       c.lines = 3;
-      run_glu_types(c);
+      run_glu(c);
     }
   }
   for (const Plan& plan : {Plan{64, 256, 1}, Plan{300, 40, 1}, Plan{2, 700, 1}, Plan{3, 5000, 1}, Plan{40, 1, 1}})
@@ -525,39 +502,31 @@ void glu_plans() {
         Case c{plan};
         c.multiprocessors = multiprocessors;
         c.gap = gap;
-        run_glu_types(c);
+        run_glu(c);
         if (plan.count % 4 == 0) c.lines = 4;
         c.shared_parameter = 2;
         c.p2_and_p4 = c.want_du = false;
         c.offset = 1;
-        run_glu_types(c);
+        run_glu(c);
       }
-}
-
-void run_types(const Case& c) {
-  run<double, double>(c, "double");
-  run<float, float>(c, "float");
-  run<c10::BFloat16, float>(c, "bfloat16");
-  run<c10::Half, c10::Half>(c, "half");
 }
 
 void small_plans() {
   // Tails: 0 ... 2·(widest vector) + 1 elements over a whole number of vectors, in rows and in columns.
   for (int64_t n = 1; n <= 17; ++n) {
-    run_types({{1, 1, n}});
-    run_types({{1, 1, 128 + n}});
-    run_types({{3, 5, 64 + n}});
-    run_types({{3, n, 1}});
-    run_types({{40, 32 + n, 1}});
-    run_types({{5, 3, n}});
+    run({{1, 1, n}});
+    run({{1, 1, 128 + n}});
+    run({{3, 5, 64 + n}});
+    run({{3, n, 1}});
+    run({{40, 32 + n, 1}});
+    run({{5, 3, n}});
   }
   for (int64_t offset : {1, 3})
-    for (const Plan& plan : {Plan{1, 1, 1000}, Plan{3, 5, 67}, Plan{33, 40, 1}, Plan{9, 7, 4}})
-      run_types({plan, offset});
+    for (const Plan& plan : {Plan{1, 1, 1000}, Plan{3, 5, 67}, Plan{33, 40, 1}, Plan{9, 7, 4}}) run({plan, offset});
   {
     Case c{{33, 40, 1}};
     c.parameter_offset = 1;
-    run_types(c);
+    run(c);
   }
   // Parameters as rows of 10, 8, 16, 5 and 3: of whole vectors and not, in columns and in rows.
   for (const Plan& plan : {Plan{33, 40, 1}, Plan{20, 64, 1}, Plan{150, 80, 1}, Plan{60, 15, 2}, Plan{3, 6, 80}})
@@ -571,10 +540,10 @@ void small_plans() {
                                               : 2;
         c.parameter_gap = gap;
         c.multiprocessors = multiprocessors;
-        run_types(c);
+        run(c);
         c.shared_parameter = 2;
         c.want_du = c.p2_and_p4 = false;
-        run_types(c);
+        run(c);
       }
   // With gaps, of whole vectors and not.
   for (int64_t gap : {1, 8, 16})
@@ -582,10 +551,10 @@ void small_plans() {
                              Plan{2, 3, 131}, Plan{3, 2, 256}}) {
       Case c{plan};
       c.plan.pitch += gap;
-      run_types(c);
+      run(c);
       c.multiprocessors = 132;
       c.grad_stride = 0;
-      run_types(c);
+      run(c);
     }
   for (const Plan& plan : {Plan{1, 1, 5000}, Plan{7, 3, 196}, Plan{300, 33, 1}, Plan{64, 10, 9}, Plan{2, 700, 1},
                            Plan{1, 70, 40}, Plan{1000, 3, 1}, Plan{1, 600, 1}, Plan{256, 67, 1}, Plan{5, 300, 70},
@@ -593,17 +562,17 @@ void small_plans() {
     for (int64_t multiprocessors : {1, 5, 132}) {
       Case c{plan};
       c.multiprocessors = multiprocessors;
-      run_types(c);
+      run(c);
       c.grad_stride = 0;
-      run_types(c);
+      run(c);
       c.shared_parameter = 2;
       c.p2_and_p4 = false;
-      run_types(c);
+      run(c);
       c.want_du = false;
-      run_types(c);
+      run(c);
     }
   // Rows that are not whole vectors, and of which too many partial sums would be made by columns.
-  run<c10::BFloat16, float>({{1, 8193, 33}}, "bfloat16");
+  run({{1, 8193, 33}});
 }
 
 // Index arithmetic beyond 2^31, by planning alone.
@@ -641,90 +610,79 @@ void large_plans() {
   }
 }
 
-void print(const Plan& plan, c10::ScalarType dtype, const LaunchPlan& b) {
+void print(const Plan& plan, const LaunchPlan& b) {
   std::printf("(%ld, %ld, %ld) %s: %ld blocks, %ld bytes of partial sums, added up by %ld loads in sequence\n",
-              long(plan.outer), long(plan.count), long(plan.inner),
-              dtype == c10::ScalarType::Float ? "float32" : "bfloat16",
+              long(plan.outer), long(plan.count), long(plan.inner), c10::toString(kStorage),
               long(b.by_rows ? b.rows.grid : b.columns.tiles * b.columns.splits), long(b.workspace_bytes),
               b.workspace_bytes ? long(ceil_div(b.sums.parts, b.finish.ky)) : 0);
 }
 
-// What the planner promises of passes large enough for a device of 132 multiprocessors.
+// Arguments of which every sum is wanted.
+Args arguments(Operation operation, const Plan& plan) {
+  Args a{};
+  a.operation = operation;
+  a.dtype = kStorage;
+  a.plan = plan;
+  a.in_stride[0] = a.in_stride[1] = 1;
+  a.dp[0] = &a;
+  a.workspace = workspace_limit(plan.numel(), sizeof(S));
+  return a;
+}
+
+// What the planner promises of passes large enough for a device of 132 multiprocessors, but in double.
 void plans_of_a_large_device() {
+  if (sizeof(S) == 8) return;
   constexpr int64_t multiprocessors = 132;
   for (const Plan& plan : {Plan{1, 1, 1 << 24}, Plan{256, 64, 4096}, Plan{1024, 64, 49}, Plan{64, 65536, 1},
                            Plan{256, 65536, 1}, Plan{32, 1 << 20, 1}, Plan{4096, 1024, 1}, Plan{16384, 1024, 1},
                            Plan{1 << 20, 64, 1}, Plan{1 << 20, 5, 1}, Plan{1 << 20, 3, 7}, Plan{1 << 15, 1001, 1},
                            Plan{256, 2048, 49}, Plan{256, 1024, 196}, Plan{128, 256, 169}, Plan{64, 64, 1020}})
-    for (c10::ScalarType dtype : {c10::ScalarType::Float, c10::ScalarType::BFloat16})
-      for (Operation operation : {Operation::forward, Operation::backward}) {
-        Args a{};
-        a.operation = operation;
-        a.dtype = dtype;
-        a.plan = plan;
-        a.in_stride[0] = a.in_stride[1] = 1;
-        a.dp[0] = &a;  // one is wanted
-        const int64_t element_bytes = dtype == c10::ScalarType::Float ? 4 : 2;
-        a.workspace = workspace_limit(plan.numel(), element_bytes);
-        const LaunchPlan b = plan_launch(a, multiprocessors);
-        const RowsLaunch& r = b.rows;
-        const ColumnsLaunch& c = b.columns;
-        const std::string what = std::to_string(plan.outer) + " " + std::to_string(plan.count) + " " +
-                                 std::to_string(plan.inner) + (operation == Operation::forward ? " forward" : "");
-        const auto at_most = [&](int64_t got, int64_t most, const char* of) {
-          check(got <= most, what + " has " + std::to_string(got) + " " + of);
-        };
-        check(b.vector, what + " by vectors");
-        at_most(-(b.by_rows ? r.grid : c.tiles * c.splits), -multiprocessors, "blocks, negative");
-        if (!b.by_rows) at_most(c.tiles * c.splits, 8 * multiprocessors, "blocks");
-        if (operation == Operation::forward) {
-          a.workspace = 0;
-          const LaunchPlan without = plan_launch(a, multiprocessors);
-          check(without.vector && without.columns.splits == c.splits, what + " whatever the workspace");
-          continue;
-        }
-        check(b.workspace_bytes <= a.workspace, what + " workspace");
-        if (print_plans) print(plan, dtype, b);
-        // Terms that a thread adds one after another: first, in the block, and in the finishing kernel.
-        if (b.by_rows) {
-          const int at_once = dtype == c10::ScalarType::Float ? unroll<Backward, float>(b.vector)
-                                                              : unroll<Backward, c10::BFloat16>(b.vector);
-          at_most(ceil_div(plan.outer * r.vectors, r.splits * r.threads * at_once), kMaxSerialSum, "steps");
-        } else {
-          at_most(ceil_div(c.columns.rows, c.splits * c.ty), kMaxSerialSum, "rows");
-          at_most(ceil_div(c.ty * c.tile_folds, c.term_shares) * ceil_div(c.inner, c.inner_shares), kMaxSerialSum,
-                  "terms");
-        }
-        at_most(ceil_div(b.sums.parts, b.finish.ky), 32, "partial sums");
+    for (Operation operation : {Operation::forward, Operation::backward}) {
+      Args a = arguments(operation, plan);
+      const LaunchPlan b = plan_launch<S>(a, multiprocessors);
+      const RowsLaunch& r = b.rows;
+      const ColumnsLaunch& c = b.columns;
+      const std::string what = std::to_string(plan.outer) + " " + std::to_string(plan.count) + " " +
+                               std::to_string(plan.inner) + (operation == Operation::forward ? " forward" : "");
+      const auto at_most = [&](int64_t got, int64_t most, const char* of) {
+        check(got <= most, what + " has " + std::to_string(got) + " " + of);
+      };
+      check(b.vector, what + " by vectors");
+      at_most(-(b.by_rows ? r.grid : c.tiles * c.splits), -multiprocessors, "blocks, negative");
+      if (!b.by_rows) at_most(c.tiles * c.splits, 8 * multiprocessors, "blocks");
+      if (operation == Operation::forward) {
+        a.workspace = 0;
+        const LaunchPlan without = plan_launch<S>(a, multiprocessors);
+        check(without.vector && without.columns.splits == c.splits, what + " whatever the workspace");
+        continue;
       }
-  // Without sums nothing but the device bounds the shares: its blocks are filled once or a few times.
-  for (const Plan& plan : {Plan{1, 1, 1 << 28}, Plan{1 << 15, 4096, 1}})
-    for (c10::ScalarType dtype : {c10::ScalarType::Float, c10::ScalarType::BFloat16}) {
-      Args a{};
-      a.operation = Operation::forward;
-      a.dtype = dtype;
-      a.plan = plan;
-      a.in_stride[0] = 1;
-      const LaunchPlan b = plan_launch(a, multiprocessors);
-      const int64_t blocks = b.by_rows ? b.rows.grid : b.columns.tiles * b.columns.splits;
-      const int64_t left = (blocks + multiprocessors / 8) % multiprocessors;
-      check(left <= multiprocessors / 4, std::to_string(plan.outer) + " " + std::to_string(blocks) + " blocks forward");
+      check(b.workspace_bytes <= a.workspace, what + " workspace");
+      if (print_plans) print(plan, b);
+      // Terms that a thread adds one after another: first, in the block, and in the finishing kernel.
+      if (b.by_rows) {
+        const int at_once = unroll<Backward, S>(b.vector);
+        at_most(ceil_div(plan.outer * r.vectors, r.splits * r.threads * at_once), kMaxSerialSum, "steps");
+      } else {
+        at_most(ceil_div(c.columns.rows, c.splits * c.ty), kMaxSerialSum, "rows");
+        at_most(ceil_div(c.ty * c.tile_folds, c.term_shares) * ceil_div(c.inner, c.inner_shares), kMaxSerialSum,
+                "terms");
+      }
+      at_most(ceil_div(b.sums.parts, b.finish.ky), 32, "partial sums");
     }
+  // Without sums nothing but the device bounds the shares: its blocks are filled once or a few times.
+  for (const Plan& plan : {Plan{1, 1, 1 << 28}, Plan{1 << 15, 4096, 1}}) {
+    const LaunchPlan b = plan_launch<S>(arguments(Operation::forward, plan), multiprocessors);
+    const int64_t blocks = b.by_rows ? b.rows.grid : b.columns.tiles * b.columns.splits;
+    const int64_t left = (blocks + multiprocessors / 8) % multiprocessors;
+    check(left <= multiprocessors / 4, std::to_string(plan.outer) + " " + std::to_string(blocks) + " blocks forward");
+  }
   // As many columns as the device has threads need no second kernel, nor do few of anything.
   for (const Plan& plan : {Plan{64, 65536, 1}, Plan{256, 65536, 1}, Plan{256, 1 << 18, 1}, Plan{16, 64, 1},
-                           Plan{16, 5, 1}, Plan{1, 1, 1000}})
-    for (c10::ScalarType dtype : {c10::ScalarType::Float, c10::ScalarType::BFloat16}) {
-      Args a{};
-      a.operation = Operation::backward;
-      a.dtype = dtype;
-      a.plan = plan;
-      a.in_stride[0] = a.in_stride[1] = 1;
-      a.dp[0] = &a;
-      a.workspace = workspace_limit(plan.numel(), 2);
-      const LaunchPlan b = plan_launch(a, multiprocessors);
-      check(b.sums.whole, std::to_string(plan.outer) + " rows in one kernel");
-      if (print_plans) print(plan, dtype, b);
-    }
+                           Plan{16, 5, 1}, Plan{1, 1, 1000}}) {
+    const LaunchPlan b = plan_launch<S>(arguments(Operation::backward, plan), multiprocessors);
+    check(b.sums.whole, std::to_string(plan.outer) + " rows in one kernel");
+    if (print_plans) print(plan, b);
+  }
 }
 
 }  // namespace

@@ -24,11 +24,13 @@ struct Traffic {
   double in, out, other, shared;
 };
 
-Traffic traffic(const Plan& plan, Operation operation, c10::ScalarType dtype) {
+template <class S>
+Traffic traffic(const Plan& plan, Operation operation) {
   Args a{};
   a.operation = operation;
   a.plan = plan;
-  a.dtype = dtype;
+  a.dtype = c10::CppTypeToScalarType<S>::value;
+  a.workspace = workspace_limit(plan.numel(), sizeof(S));
   a.parameters.dtype = a.dp_dtype = c10::ScalarType::Float;
   a.parameters.matrix = {1, plan.count};
   std::vector<Buffer<char>> memory;
@@ -39,20 +41,17 @@ Traffic traffic(const Plan& plan, Operation operation, c10::ScalarType dtype) {
     return data;
   };
   int inputs = 0, outputs = 0, buffers = 0;
-  int64_t bytes = 0;
-  dispatch(a, [&](auto op, auto zero) {
-    bytes = plan.numel() * sizeof(zero);
-    a.workspace = workspace_limit(plan.numel(), sizeof(zero));
+  dispatch_operation(operation, [&](auto op) {
     const auto parameter = [&] { return watched(plan.count, 4); };
-    for (; inputs < op.inputs; ++inputs) a.in[inputs] = watched(plan.numel(), sizeof(zero)), a.in_stride[inputs] = 1;
-    for (; outputs < op.outputs; ++outputs) a.out[outputs] = watched(plan.numel(), sizeof(zero));
+    for (; inputs < op.inputs; ++inputs) a.in[inputs] = watched(plan.numel(), sizeof(S)), a.in_stride[inputs] = 1;
+    for (; outputs < op.outputs; ++outputs) a.out[outputs] = watched(plan.numel(), sizeof(S));
     for (int q = 0; q < 4 * op.sets; ++q) a.parameters.p[q] = parameter(), a.parameters.strides[q] = {0, 1};
     for (int q = 0; q < op.sums; ++q) a.dp[q] = parameter(), a.dp_strides[q] = {0, 1};
     buffers = static_cast<int>(memory.size());
   });
-  const LaunchPlan b = plan_launch(a, kMultiprocessors);
+  const LaunchPlan b = plan_launch<S>(a, kMultiprocessors);
   void* const workspace = watched(b.sums.values, 4);
-  launch(a, b, workspace, [&](auto kernel, dim3 grid, int threads, size_t shared, const auto&... args) {
+  launch<S>(a, b, workspace, [&](auto kernel, dim3 grid, int threads, size_t shared, const auto&... args) {
     trace.of_launch([&] {
       cuda_emulation::launch({Schedule::ascending, Schedule::ascending, 0}, kernel, grid, dim3(threads), shared,
                              args...);
@@ -61,7 +60,7 @@ Traffic traffic(const Plan& plan, Operation operation, c10::ScalarType dtype) {
   const auto sectors = [&](int from, int to) {
     int64_t sum = 0;
     for (int k = from; k < to; ++k) sum += trace.of(k).read.sectors + trace.of(k).write.sectors;
-    return 32.0 * sum / bytes;
+    return 32.0 * sum / (plan.numel() * sizeof(S));
   };
   return {sectors(0, inputs), sectors(inputs, inputs + outputs), sectors(inputs + outputs, buffers + 1),
           1000.0 * trace.of_shared().times / plan.numel()};
@@ -121,7 +120,7 @@ int main() {
   for (const Bounds& b : bounds)
     for (int t = 0; t < 2; ++t)
       for (Operation operation : {Operation::forward, Operation::backward}) {
-        const Traffic got = traffic(b.plan, operation, t ? c10::ScalarType::BFloat16 : c10::ScalarType::Float);
+        const Traffic got = t ? traffic<c10::BFloat16>(b.plan, operation) : traffic<float>(b.plan, operation);
         const Traffic& bound = operation == Operation::forward ? b.forward[t] : b.backward[t];
         // Bounds have two decimals.
         const auto above = [](double count, double most) { return count > most + 0.005; };

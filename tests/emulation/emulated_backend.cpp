@@ -1,4 +1,4 @@
-// The CUDA backend's kernels and launch planner on the host: leaf_kernels.cu and leaf_cuda.cpp with the emulation's
+// The CUDA backend's kernels and launch planner on the host: leaf_on_stream.cuh and leaf_cuda.cpp with the emulation's
 // launch in place of the stream's. Registers leaf_cuda_emulated's operators, on CPU tensors.
 #include <ATen/ops/empty.h>
 
@@ -43,10 +43,13 @@ void run(const Args& a, const Tensor& u) {
       poison(static_cast<char*>(a.out[k]) + i / line * pitch * element, line * element);
   }
   for (void* dp : a.dp) poison(dp, a.plan.count * c10::elementSize(a.dp_dtype));
-  const cuda::LaunchPlan plan = cuda::plan_launch(a, multiprocessors);
-  const Tensor workspace = at::empty({plan.workspace_bytes}, u.options().dtype(at::kByte));
-  poison(workspace.mutable_data_ptr(), plan.workspace_bytes);
-  cuda::launch(a, plan, workspace.mutable_data_ptr(), emulated_launch);
+  dispatch_dtype(a.dtype, [&](auto zero) {
+    using S = decltype(zero);
+    const cuda::LaunchPlan plan = cuda::plan_launch<S>(a, multiprocessors);
+    const Tensor workspace = at::empty({plan.workspace_bytes}, u.options().dtype(at::kByte));
+    poison(workspace.mutable_data_ptr(), plan.workspace_bytes);
+    cuda::launch<S>(a, plan, workspace.mutable_data_ptr(), emulated_launch);
+  });
 }
 
 }  // namespace

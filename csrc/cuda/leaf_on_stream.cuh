@@ -1,10 +1,13 @@
+// The launches on a stream, compiled by nvcc: of each storage type in a file of its own, so that they compile side by
+// side.
+#pragma once
+
 #include <c10/cuda/CUDAException.h>
 
 #include "leaf_kernels.h"
 #include "leaf_launch.cuh"
 
 namespace leaf_cuda::cuda {
-namespace {
 
 struct OnStream {
   cudaStream_t stream;
@@ -16,12 +19,10 @@ struct OnStream {
   }
 };
 
-}  // namespace
-
-void run_on(cudaStream_t stream, int64_t multiprocessors, const Args& args,
-            const std::function<void*(int64_t)>& allocate) {
-  const LaunchPlan plan = plan_launch(args, multiprocessors);
-  launch(args, plan, plan.workspace_bytes ? allocate(plan.workspace_bytes) : nullptr, OnStream{stream});
+template <class S>
+void run_on(cudaStream_t stream, int64_t multiprocessors, const Args& args, const Allocate& allocate) {
+  const LaunchPlan plan = plan_launch<S>(args, multiprocessors);
+  launch<S>(args, plan, plan.workspace_bytes ? allocate(plan.workspace_bytes) : nullptr, OnStream{stream});
 }
 
 }  // namespace leaf_cuda::cuda
