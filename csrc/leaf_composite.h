@@ -21,8 +21,8 @@ struct TensorMath {
 
 // By at::sigmoid, whose derivative autograd knows; that of e^(−|z|) it would get wrong at 0.
 template <>
-inline Sigmoid<Tensor> sigmoid<TensorMath>(const Tensor& z) {
-  const Tensor s = at::sigmoid(z);
+inline Sigmoid<Tensor> sigmoid<TensorMath>(const Tensor& p3, const Tensor& u) {
+  const Tensor z = p3 * u, s = at::sigmoid(z);
   return {s, s * at::sigmoid(-z)};
 }
 

@@ -11,6 +11,7 @@
 //   M::multiply_add(a, b, c)    a·b + c, for where a compiler might fuse either of two products: the same bits wherever
 //                               the function is inlined
 //   M::select(z, a, b)          a where z ≥ 0, else b
+//   M::exponent_scale           where there is one: a factor above 0 that z has for exp_neg_abs and for select
 #pragma once
 
 #if defined(__CUDACC__)
@@ -32,12 +33,23 @@ struct Sigmoid {
   T slope;  // σ(z)·σ(−z)
 };
 
-// Both from e = e^(−|z|) and r = σ(|z|) = 1/(1 + e), which neither overflow nor cancel: 1 − σ(z) in float32 has lost
-// every digit by z = 17. The complement c = σ(−|z|) is e·r. The slope is c − c² and not c·r, which would have r's error
-// twice.
+// z = p3·u as exp_neg_abs and select take it.
 template <class M>
-LEAF_FUNCTION Sigmoid<typename M::T> sigmoid(const typename M::T& z) {
+LEAF_FUNCTION typename M::T scaled_z(const typename M::T& p3, const typename M::T& u) {
+  if constexpr (requires { M::exponent_scale; }) {
+    return (p3 * M::exponent_scale) * u;
+  } else {
+    return p3 * u;
+  }
+}
+
+// σ(p3·u): both from e = e^(−|z|) and r = σ(|z|) = 1/(1 + e), which neither overflow nor cancel: 1 − σ(z) in float32
+// has lost every digit by z = 17. The complement c = σ(−|z|) is e·r. The slope is c − c² and not c·r, which would have
+// r's error twice.
+template <class M>
+LEAF_FUNCTION Sigmoid<typename M::T> sigmoid(const typename M::T& p3, const typename M::T& u) {
   using T = typename M::T;
+  const T z = scaled_z<M>(p3, u);
   const T e = M::exp_neg_abs(z);
   const T r = M::reciprocal(1 + e);
   const T complement = e * r;
@@ -46,25 +58,26 @@ LEAF_FUNCTION Sigmoid<typename M::T> sigmoid(const typename M::T& z) {
 
 // The value alone: by a division as good, and a product less.
 template <class M>
-LEAF_FUNCTION typename M::T sigmoid_value(const typename M::T& z) {
+LEAF_FUNCTION typename M::T sigmoid_value(const typename M::T& p3, const typename M::T& u) {
   using T = typename M::T;
-  if constexpr (requires { M::divide(z, z); }) {
+  if constexpr (requires { M::divide(u, u); }) {
+    const T z = scaled_z<M>(p3, u);
     const T e = M::exp_neg_abs(z);
     return M::divide(M::select(z, T{} + 1, e), 1 + e);
   } else {
-    return sigmoid<M>(z).value;
+    return sigmoid<M>(p3, u).value;
   }
 }
 
 template <class M>
 LEAF_FUNCTION typename M::T leaf(const typename M::T& u, const Parameters<typename M::T>& p) {
-  return (p.p1 * u + p.p2) * sigmoid_value<M>(p.p3 * u) + p.p4;
+  return (p.p1 * u + p.p2) * sigmoid_value<M>(p.p3, u) + p.p4;
 }
 
 // The same in a backward that takes the derivatives there too: σ is the one of theirs, which compilers see.
 template <class M>
 LEAF_FUNCTION typename M::T leaf_again(const typename M::T& u, const Parameters<typename M::T>& p) {
-  return (p.p1 * u + p.p2) * sigmoid<M>(p.p3 * u).value + p.p4;
+  return (p.p1 * u + p.p2) * sigmoid<M>(p.p3, u).value + p.p4;
 }
 
 // g times the derivative of y by u, p1, p2 and p3 (by p4 it is g itself).
@@ -77,7 +90,7 @@ template <class M>
 LEAF_FUNCTION Partials<typename M::T> leaf_partials(const typename M::T& u, const typename M::T& g,
                                                     const Parameters<typename M::T>& p) {
   using T = typename M::T;
-  const Sigmoid<T> s = sigmoid<M>(p.p3 * u);
+  const Sigmoid<T> s = sigmoid<M>(p.p3, u);
   const T ls = (p.p1 * u + p.p2) * s.slope;
   const T gs = g * s.value;
   return {g * M::multiply_add(p.p1, s.value, ls * p.p3), gs * u, gs, (g * ls) * u};
@@ -98,7 +111,7 @@ LEAF_FUNCTION Along<typename M::T> leaf_along(const typename M::T& u, const type
                                               const Parameters<typename M::T>& p, const typename M::T& v,
                                               const Parameters<typename M::T>& vp) {
   using T = typename M::T;
-  const Sigmoid<T> s = sigmoid<M>(p.p3 * u);
+  const Sigmoid<T> s = sigmoid<M>(p.p3, u);
   const T curvature = s.slope * (1 - 2 * s.value);
   const T l = p.p1 * u + p.p2, dl = p.p1 * v + vp.p1 * u + vp.p2;
   const T dz = p.p3 * v + vp.p3 * u;

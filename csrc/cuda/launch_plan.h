@@ -8,6 +8,7 @@
 #include <limits>
 #include <numeric>
 
+#include "../leaf_math.h"
 #include "../leaf_plan.h"
 
 namespace leaf_cuda::cuda {
@@ -61,16 +62,24 @@ inline Splits splits_for(int64_t items, int64_t steps, double step_cost, int64_t
   return best;
 }
 
+// n items dealt out in turn: each gets so many, and the first `over` one more.
+struct Shares {
+  int64_t each, over;
+  LEAF_FUNCTION int64_t of(int64_t which) const { return each + (which < over); }
+};
+constexpr Shares shares_of(int64_t n, int64_t among) { return {n / among, n % among}; }
+
 // Rows: a run of `inner` elements has one parameter. A block takes one parameter k and one of `splits` shares of the
 // vectors of k's `outer` rows. Vectors are aligned in memory, so that a row's first and last may be partial.
 struct RowsLaunch {
   int64_t outer, count, inner, pitch;
   bool aligned;     // every vector is whole
   int64_t vectors;  // slots for vectors in a row; the last may be empty
+  Shares slots;     // of all rows of a parameter, among splits·threads
   int64_t splits, items;
-  // A thread goes on by splits·threads slots: so many rows and vectors.
-  int64_t step_rows, step_vectors;
-  int64_t step;  // the elements of step_rows
+  // From slot to slot of a thread: step_vectors, and a row more where there are no such in its own; in elements, `step`
+  // and next_row. Where not all vectors are whole, these lead from one row's first element to another's.
+  int64_t step_vectors, step, next_row;
   int64_t grid;
   int threads;
   double time;  // that of splits_for, by the vectors of a step
@@ -90,9 +99,11 @@ inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t at
       splits_for(r.count, steps, r.aligned ? 1 : kPartialRowsCost, for_accuracy, steps, at_once, sums ? 1 : 0);
   r.splits = splits;
   r.time = time * r.threads * unroll;
-  r.step_rows = r.splits * r.threads / r.vectors;
-  r.step_vectors = r.splits * r.threads % r.vectors;
-  r.step = r.step_rows * r.pitch;
+  const int64_t threads = r.splits * r.threads;
+  r.slots = shares_of(slots, threads);
+  r.step_vectors = threads % r.vectors;
+  r.step = threads / r.vectors * r.pitch + (r.aligned ? r.step_vectors * vector : 0);
+  r.next_row = r.pitch - (r.aligned ? r.vectors * vector : 0);
   r.items = r.count * r.splits;
   r.grid = std::min(r.items, at_once * kMaxWaves);
   return r;
@@ -107,6 +118,7 @@ struct ColumnsLaunch {
   int64_t slots;  // parameters in a row of the matrix: fold·count
   int64_t line;   // of pitched operations: elements of an operand's line, which divides the width
   int64_t tiles, splits;
+  Shares rows;           // the matrix's, but for a last one that is not whole, among splits·ty
   int64_t period_parts;  // periods side by side whose sums a block does not add up
   int results;           // parameters that a block has sums of
   int tile_folds;        // periods that it adds up
@@ -163,6 +175,7 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t line, int vector, in
   const auto [splits, time] =
       splits_for(c.tiles, steps, 1, std::min(for_accuracy, most), most, at_once, sums ? c.period_parts : 0);
   c.splits = splits;
+  c.rows = shares_of(c.columns.rows, c.splits * c.ty);
   c.time = time * c.tx * c.ty * unroll;
   return c;
 }

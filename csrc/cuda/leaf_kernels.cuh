@@ -65,8 +65,9 @@ struct FloatMath {
 // For float16 and bfloat16: errors of some 2^-21·(1 + |z|) are far below what these types resolve.
 struct ApproximateMath : FloatMath {
   // As a square, whose root is no subnormal where e^(−|z|) is none or one.
+  static constexpr float exponent_scale = 0.5f * 1.44269504f;
   static __device__ __forceinline__ float exp_neg_abs(float z) {
-    const float root = approximate_exp2(-0.5f * 1.44269504f * fabsf(z));
+    const float root = approximate_exp2(-fabsf(z));
     return root * root;
   }
   static __device__ __forceinline__ float reciprocal(float x) { return approximate_reciprocal(x); }
@@ -323,29 +324,34 @@ constexpr int kMinBlocks = [] {
   return !wide && Op::inputs <= 2 && (ByRows || N < 8) ? 3 : 2;
 }();
 
+// Calls step(is_there) for every Unroll of n items, then for what is left: is_there(j) tells whether there is item j of
+// the step, without a look where there are all.
+template <int Unroll, class F>
+__device__ __forceinline__ void for_each_step(int64_t n, const F& step) {
+  for (; n >= Unroll; n -= Unroll) step([](int) { return true; });
+  if (n > 0) step([&](int j) { return j < n; });
+}
+
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
-// The slots (launch_plan.h) of one thread, one after another. Aligned: none is partial.
+// The slots (launch_plan.h) of one thread, one after another. Aligned: every vector is whole.
 template <int N, bool Aligned>
 struct RowCursor {
   const RowsLaunch& r;
-  int64_t begin, vector;  // the row's first element; the slot in it
-  int64_t end;            // the rows'
+  int64_t vector;  // the slot in its row
+  int64_t at;      // the slot's first element; where not aligned, the row's
 
   __device__ RowCursor(const RowsLaunch& launch, int64_t k, int64_t first_slot)
       : r(launch),
-        begin(first_slot / r.vectors * r.pitch + k * r.inner),
         vector(first_slot % r.vectors),
-        end(r.outer * r.pitch + k * r.inner) {}
-
-  __device__ __forceinline__ bool in_range() const { return begin < end; }
+        at(first_slot / r.vectors * r.pitch + k * r.inner + (Aligned ? vector * N : 0)) {}
 
   __device__ __forceinline__ void advance() {
-    begin += r.step;
+    at += r.step;
     vector += r.step_vectors;
     if (vector >= r.vectors) {
       vector -= r.vectors;
-      begin += r.pitch;
+      at += r.next_row;
     }
   }
 
@@ -355,10 +361,10 @@ struct RowCursor {
     int from, to;
   };
   __device__ __forceinline__ Slot slot() const {
-    if (Aligned) return {begin + vector * N, 0, in_range() ? N : 0};
-    const int64_t first = (begin & -int64_t{N}) + vector * N;
-    const int64_t to = in_range() ? min(begin + r.inner - first, int64_t{N}) : 0;
-    return {first, static_cast<int>(max(begin - first, int64_t{0})), static_cast<int>(to)};
+    if (Aligned) return {at, 0, N};
+    const int64_t first = (at & -int64_t{N}) + vector * N;
+    return {first, static_cast<int>(max(at - first, int64_t{0})),
+            static_cast<int>(min(at + r.inner - first, int64_t{N}))};
   }
 };
 
@@ -414,14 +420,16 @@ template <bool Aligned, class Op, class S, int N, int Unroll>
 __device__ __forceinline__ void run_rows(const RowsLaunch& r, int64_t k, int64_t split, const Operands<Op, S>& a,
                                          const typename Operands<Op, S>::template Loaded<N>& repeated,
                                          const Parameters<Arithmetic<S>>* p, Arithmetic<S>* sum) {
-  RowCursor<N, Aligned> cursor(r, k, split * r.threads + threadIdx.x);
+  const int64_t first_slot = split * r.threads + threadIdx.x;
+  RowCursor<N, Aligned> cursor(r, k, first_slot);
   const int64_t end = (r.outer - 1) * r.pitch + r.count * r.inner;  // of the operands
-  while (cursor.in_range()) {
+  for_each_step<Unroll>(r.slots.of(first_slot), [&](const auto& is_there) {
     typename RowCursor<N, Aligned>::Slot slots[Unroll];
     typename Operands<Op, S>::template Loaded<N> loaded[Unroll];
 #pragma unroll
     for (int j = 0; j < Unroll; ++j) {
       slots[j] = cursor.slot();
+      if (!is_there(j)) slots[j].to = 0;
       // A vector that two rows share is loaded whole for each: no load waits for another.
       if (slots[j].from < slots[j].to) {
         if (Aligned || slots[j].first + N <= end)
@@ -440,7 +448,7 @@ __device__ __forceinline__ void run_rows(const RowsLaunch& r, int64_t k, int64_t
     }
 #pragma unroll
     for (int q = 0; q < Op::sums; ++q) sum[q] += share[q];
-  }
+  });
 }
 
 template <class Op, class S, int N, int Unroll>
@@ -470,8 +478,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S, N, true>)
 
 // ---- columns --------------------------------------------------------------------------------------------------------
 
-// A thread's place: N columns, and the rows first_row, first_row + step, ... A vector of N is whole in the rows before
-// whole_rows; in the matrix's last row, `rest` of its elements may be left over.
+// A thread's place: N columns, and the rows first_row, first_row + step, ..., of which it has whole_rows in which they
+// are all; in the matrix's last row, `rest` of them may be left over.
 template <int N>
 struct ColumnThread {
   int64_t column, first_row, step, whole_rows;
@@ -483,14 +491,17 @@ struct ColumnThread {
     column = (static_cast<int64_t>(blockIdx.x) * c.tx + tx) * N;
     first_row = static_cast<int64_t>(blockIdx.y) * c.ty + ty;
     step = static_cast<int64_t>(gridDim.y) * c.ty;
-    whole_rows = c.columns.rows + (in_tail(c) >= N);
+    whole_rows = c.rows.of(first_row) + (in_tail(c) >= N);
     active = ty < c.ty && column < c.columns.width;
   }
 
-  __device__ __forceinline__ int64_t in_tail(const ColumnsLaunch& c) const { return c.columns.tail - column; }
+  // Of its columns, those that the matrix's last row has for this thread, where it is not whole.
+  __device__ __forceinline__ int64_t in_tail(const ColumnsLaunch& c) const {
+    return first_row == c.rows.over ? c.columns.tail - column : 0;
+  }
   __device__ __forceinline__ int rest(const ColumnsLaunch& c) const {
     const int64_t n = in_tail(c);
-    return n > 0 && n < N && c.columns.rows % step == first_row ? static_cast<int>(n) : 0;
+    return n > 0 && n < N ? static_cast<int>(n) : 0;
   }
 };
 
@@ -606,18 +617,18 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S, N, false>)
     const auto place = [&](int64_t row_at) ->
         typename Operands<Op, S>::Place { return {row_at, Op::pitched ? in_line : row_at}; };
     const auto repeated = a.template load_repeated<N>();
-    const int64_t end = at(t.whole_rows), step = t.step * per_row;
-    for (int64_t row = at(t.first_row); row < end; row += Unroll * step) {
+    const int64_t step = t.step * per_row;
+    int64_t row = at(t.first_row);
+    for_each_step<Unroll>(t.whole_rows, [&](const auto& is_there) {
       typename Operands<Op, S>::template Loaded<N> loaded[Unroll];
 #pragma unroll
       for (int j = 0; j < Unroll; ++j)
-        if (row + j * step < end) loaded[j] = a.load(place(row + j * step), repeated);
+        if (is_there(j)) loaded[j] = a.load(place(row + j * step), repeated);
 #pragma unroll
-      for (int j = 0; j < Unroll; ++j) {
-        if (row + j * step >= end) break;
-        a.template run<true, false>(place(row + j * step), loaded[j], p, sum);
-      }
-    }
+      for (int j = 0; j < Unroll; ++j)
+        if (is_there(j)) a.template run<true, false>(place(row + j * step), loaded[j], p, sum);
+      row += Unroll * step;
+    });
     if (const int rest = N > 1 ? t.rest(c) : 0) {
       const auto of_rest = place(at(c.columns.rows));
       a.template run<true, true>(of_rest, a.load_part(of_rest, rest, repeated), p, sum, 0, rest);

@@ -583,7 +583,18 @@ void large_plans() {
     const RowsLaunch r = plan_rows(plan, N, 2, 264, true);
     const std::string what = "rows " + std::to_string(plan.outer) + " " + std::to_string(plan.count);
     check(r.grid >= 1 && r.grid <= 264 * kMaxWaves && r.threads % kWarp == 0, what + " grid");
-    check(r.step_rows * r.vectors + r.step_vectors == r.splits * r.threads, what + " step");
+    const int64_t threads = r.splits * r.threads, last = plan.outer * r.vectors - 1;
+    check(r.slots.of(last % threads) == last / threads + 1, what + " slots");
+    const auto check_step = [&](auto aligned) {
+      for (int64_t slot : {int64_t{0}, last - threads}) {
+        using Cursor = RowCursor<N, decltype(aligned)::value>;
+        Cursor from(r, plan.count - 1, slot);
+        from.advance();
+        const Cursor to(r, plan.count - 1, slot + threads);
+        check(from.at == to.at && from.vector == to.vector, what + " step");
+      }
+    };
+    r.aligned ? check_step(std::true_type{}) : check_step(std::false_type{});
     check(r.vectors * N >= plan.inner, what + " vectors");
     check(ceil_div(r.outer * r.vectors, r.splits * r.threads * 2) <= kMaxSerialSum, what + " steps");
     check(4 * 4 * r.splits * r.count <= workspace_limit(plan.numel(), 2), what + " workspace");
