@@ -77,6 +77,25 @@ def _placed_as(t: Tensor, parameter: Tensor | None) -> Tensor:
     return distribute_tensor(t, parameter.device_mesh, parameter.placements)
 
 
+class ModuleParameter:
+    """A parameter of a module as an attribute of its class: its name leads to ``_parameters`` at once, where
+    ``nn.Module.__getattr__`` is the last way that Python tries and took a third of a small tensor's forward.
+
+    It is no data descriptor, so an attribute of the instance comes before it (pruning, FSDP's and DataParallel's views),
+    and of a parametrization's class the property; what is in none of them, ``nn.Module`` tells by its own error."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: nn.Module | None, owner: type) -> nn.Parameter | ModuleParameter:
+        if module is None:
+            return self
+        try:
+            return module._parameters[self.name]
+        except KeyError:
+            raise AttributeError(self.name) from None
+
+
 class LearnableActivation(nn.Module):
     """What LEAF and AHAF share: sizes, initial forms, and parameters that stay in float32.
 
@@ -203,6 +222,8 @@ class LEAF(LearnableActivation):
         TypeError: ``dtype`` is no floating-point dtype.
     """
 
+    p1, p2, p3, p4 = ModuleParameter(), ModuleParameter(), ModuleParameter(), ModuleParameter()
+
     def _initial_values(self) -> dict[str, tuple[float, ...]]:
         return {name: (value,) for name, value in zip(("p1", "p2", "p3", "p4"), _form(self.init_as))}
 
@@ -216,6 +237,8 @@ class AHAF(LearnableActivation):
     Bodyanskiy & Kostiuk 2022, doi 10.20535/srit.2308-8893.2022.1.07. Arguments as :class:`LEAF`'s; ``init_as`` is a form
     with p2 = p4 = 0 and p3 ≠ 0: "ReLU", "SiLU", "CUSTOM", "GELU" or ("Swish", β).
     """
+
+    gamma, beta = ModuleParameter(), ModuleParameter()
 
     def _initial_values(self) -> dict[str, tuple[float, ...]]:
         p1, p2, p3, p4 = _form(self.init_as)

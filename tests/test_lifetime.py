@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import leaf_cuda
@@ -154,6 +155,29 @@ def test_parametrization(dtype):
     assert torch.equal(y, leaf_cuda.leaf(u, 1, 0, 2, 0))
     y.sum().backward()
     assert module.parametrizations.p3.original.grad is not None
+
+
+def test_what_stands_for_a_parameter_comes_first():
+    """A pruned parameter is an attribute of the instance, and those of DataParallel's replicas are."""
+    u, p2 = torch.randn(3, 4), torch.tensor([2.0, 0, 0, 2])
+    pruned, module = (leaf_cuda.LEAF(size=(4,), init_as=(1, 2, 3, 4)) for _ in range(2))
+    prune.custom_from_mask(pruned, "p2", p2 != 0)
+    assert torch.equal(pruned(u), leaf_cuda.leaf(u, 1, p2, 3, 4))
+    replica = module._replicate_for_data_parallel()
+    for name, value in zip(("p1", "p2", "p3", "p4"), (5.0, 6.0, 7.0, 8.0)):
+        setattr(replica, name, torch.tensor(value))
+    assert torch.equal(replica(u), leaf_cuda.leaf(u, 5, 6, 7, 8))
+
+
+@pytest.mark.parametrize("kind, name", [(leaf_cuda.LEAF, "p3"), (leaf_cuda.AHAF, "gamma")])
+def test_a_deleted_parameter(kind, name):
+    module = kind()
+    delattr(module, name)
+    assert not hasattr(module, name)
+    with pytest.raises(AttributeError, match=f"'{kind.__name__}' object has no attribute '{name}'"):
+        module(torch.ones(3))
+    setattr(module, name, nn.Parameter(torch.ones(1)))
+    assert [n for n, _ in module.named_parameters()][-1] == name
 
 
 def test_skip_init():
