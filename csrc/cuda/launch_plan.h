@@ -80,6 +80,10 @@ struct RowsLaunch {
   // From slot to slot of a thread: step_vectors, and a row more where there are no such in its own; in elements, `step`
   // and next_row. Where not all vectors are whole, these lead from one row's first element to another's.
   int64_t step_vectors, step, next_row;
+  // Where the last row ends, and how many of its elements lie in a vector that is not whole, which is no thread's slot:
+  // this thread of the last parameter's splits·threads has it beside its others.
+  int64_t end, rest_thread;
+  int rest;
   int64_t grid;
   int threads;
   double time;  // that of splits_for, by the vectors of a step
@@ -104,6 +108,10 @@ inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t at
   r.step_vectors = threads % r.vectors;
   r.step = threads / r.vectors * r.pitch + (r.aligned ? r.step_vectors * vector : 0);
   r.next_row = r.pitch - (r.aligned ? r.vectors * vector : 0);
+  r.end = (r.outer - 1) * r.pitch + r.count * r.inner;
+  r.rest = static_cast<int>(r.end % vector);
+  const int64_t rest_slot = (r.outer - 1) * r.vectors + r.end / vector - (r.end - r.inner) / vector;
+  r.rest_thread = r.rest ? rest_slot % threads : -1;
   r.items = r.count * r.splits;
   r.grid = std::min(r.items, at_once * kMaxWaves);
   return r;

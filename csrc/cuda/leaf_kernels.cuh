@@ -264,13 +264,13 @@ struct Operands {
   }
 
   // Runs the operation on what was loaded from there, and stores the outputs. With PerElement each of the N elements
-  // has its own parameters p[e·sets] and sums sum[e·sums], else they share p and sum. With Part it is for the elements
-  // from, ..., to − 1 alone: all N are computed, since a warp's other threads have them all, but the others' outputs
-  // are not stored, and their sums are taken back.
+  // has its own parameters p[e·sets] and sums sum[e·sums], else they share p and sum. With Part it is for N elements
+  // from `shift` on, or −shift before, as far as they are among these: all N are computed, since a warp's other threads
+  // have them all, but the others' outputs are not stored, and their sums are taken back.
   template <bool PerElement, bool Part, int N>
   __device__ __forceinline__ void run(const Place& place, const Loaded<N>& loaded, const Parameters<Arithmetic<S>>* p,
-                                      Arithmetic<S>* sum, int from = 0, int to = N) const {
-    const auto is_wanted = [&](int e) { return !Part || (e >= from && e < to); };
+                                      Arithmetic<S>* sum, int shift = 0) const {
+    const auto is_wanted = [&](int e) { return !Part || static_cast<unsigned>(e - shift) < N; };
     Vector<S, N> x[Op::inputs], y[Op::outputs];
 #pragma unroll
     for (int k = 0; k < Op::inputs; ++k) x[k] = elements<S, N>(loaded.in[k]);
@@ -290,7 +290,7 @@ struct Operands {
     for (int k = 0; k < Op::outputs; ++k) {
       if (Op::sums && !out[k]) continue;
       S* const first = out[k] + out_at(k, place);
-      if (!Part || to - from == N) {
+      if (!Part || shift == 0) {
         store_vector(first, y[k]);
       } else {
 #pragma unroll
@@ -355,16 +355,18 @@ struct RowCursor {
     }
   }
 
-  // N elements from a multiple of N on, of which from, ..., to − 1 are the row's: all, fewer, or none.
+  // N elements from a multiple of N on. The row's are those of its own N from `shift` on, or −shift before (run): a row
+  // begins or ends in it, or of an empty slot none, which has the row's first vector.
   struct Slot {
     int64_t first;
-    int from, to;
+    int shift;
   };
   __device__ __forceinline__ Slot slot() const {
-    if (Aligned) return {at, 0, N};
-    const int64_t first = (at & -int64_t{N}) + vector * N;
-    return {first, static_cast<int>(max(at - first, int64_t{0})),
-            static_cast<int>(min(at + r.inner - first, int64_t{N}))};
+    if (Aligned) return {at, 0};
+    const int offset = static_cast<int>(at & (N - 1));
+    const int64_t within = vector * N, left = r.inner + offset - within;
+    if (left <= 0) return {at - offset, N};
+    return {at - offset + within, vector ? static_cast<int>(min(left, int64_t{N})) - N : offset};
   }
 };
 
@@ -406,12 +408,13 @@ struct SumTarget {
       static_cast<P*>(dp[q])[at] = static_cast<P>(value);
     });
   }
-  __device__ __forceinline__ void store(int q, int64_t part, int64_t k, Arithmetic<S> value) const {
+  // place: part · count + parameter
+  __device__ __forceinline__ void store(int q, int64_t place, Arithmetic<S> value) const {
     if (!dp[q]) return;
     if (!layout.whole)
-      partial[(q * layout.parts + part) * layout.count + k] = value;
+      partial[q * layout.parts * layout.count + place] = value;
     else
-      store_gradient(q, k, value);
+      store_gradient(q, place, value);
   }
 };
 
@@ -421,34 +424,37 @@ __device__ __forceinline__ void run_rows(const RowsLaunch& r, int64_t k, int64_t
                                          const typename Operands<Op, S>::template Loaded<N>& repeated,
                                          const Parameters<Arithmetic<S>>* p, Arithmetic<S>* sum) {
   const int64_t first_slot = split * r.threads + threadIdx.x;
+  const bool has_rest = !Aligned && k == r.count - 1 && first_slot == r.rest_thread;
+  // A sum of few terms, so that `sum` has few as well: both lose little.
+  const auto add = [&](const Arithmetic<S>* share) {
+#pragma unroll
+    for (int q = 0; q < Op::sums; ++q) sum[q] += share[q];
+  };
   RowCursor<N, Aligned> cursor(r, k, first_slot);
-  const int64_t end = (r.outer - 1) * r.pitch + r.count * r.inner;  // of the operands
-  for_each_step<Unroll>(r.slots.of(first_slot), [&](const auto& is_there) {
+  for_each_step<Unroll>(r.slots.of(first_slot) - has_rest, [&](const auto& is_there) {
     typename RowCursor<N, Aligned>::Slot slots[Unroll];
-    typename Operands<Op, S>::template Loaded<N> loaded[Unroll];
+    typename Operands<Op, S>::template Loaded<N> loaded[Unroll] = {};  // the rest: so that nvcc keeps it in registers
 #pragma unroll
     for (int j = 0; j < Unroll; ++j) {
       slots[j] = cursor.slot();
-      if (!is_there(j)) slots[j].to = 0;
       // A vector that two rows share is loaded whole for each: no load waits for another.
-      if (slots[j].from < slots[j].to) {
-        if (Aligned || slots[j].first + N <= end)
-          loaded[j] = a.load({0, slots[j].first}, repeated);
-        else
-          loaded[j] = a.load_part({0, slots[j].first}, slots[j].to, repeated);
-      }
+      if (is_there(j)) loaded[j] = a.load({0, slots[j].first}, repeated);
       cursor.advance();
     }
-    Arithmetic<S> share[kSums<Op>] = {};  // a sum of few terms, so that `sum` has few as well: both lose little
+    Arithmetic<S> share[kSums<Op>] = {};
 #pragma unroll
     for (int j = 0; j < Unroll; ++j) {
       const auto& slot = slots[j];
-      if (slot.from < slot.to)
-        a.template run<false, !Aligned>({0, slot.first}, loaded[j], p, share, slot.from, slot.to);
+      if (is_there(j)) a.template run<false, !Aligned>({0, slot.first}, loaded[j], p, share, slot.shift);
     }
-#pragma unroll
-    for (int q = 0; q < Op::sums; ++q) sum[q] += share[q];
+    add(share);
   });
+  if (has_rest) {
+    const typename Operands<Op, S>::Place place = {0, r.end - r.rest};
+    Arithmetic<S> share[kSums<Op>] = {};
+    a.template run<false, true>(place, a.load_part(place, r.rest, repeated), p, share, r.rest - N);
+    add(share);
+  }
 }
 
 template <class Op, class S, int N, int Unroll>
@@ -458,7 +464,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S, N, true>)
   using A = Arithmetic<S>;
   const auto repeated = a.template load_repeated<N>();
   for (int64_t item = blockIdx.x; item < r.items; item += gridDim.x) {
-    const int64_t k = item % r.count, split = item / r.count;
+    const int64_t k = item % r.count, split = item / r.count;  // of partial sums, `item` is the place
     const ParameterIndex index = parameters.matrix.at(k);
     Parameters<A> p[Op::sets];
     with_type<S>(parameters.dtype,
@@ -471,7 +477,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S, N, true>)
     if constexpr (Op::sums > 0) {
       if (!target.wanted) continue;
       const A total = block_sum<Op::sums>(sum);
-      if (threadIdx.x < Op::sums) target.store(threadIdx.x, split, k, total);
+      if (threadIdx.x < Op::sums) target.store(threadIdx.x, item, total);
     }
   }
 }
@@ -585,7 +591,7 @@ __device__ __forceinline__ void store_sums_of_columns(const ColumnsLaunch& c, co
     for (int other = shares / 2; other > 0; other /= 2) total += __shfl_xor_sync(0xffffffffu, total, other);
     const int64_t slot = static_cast<int64_t>(blockIdx.x) * c.results + of_q;
     if (share || q >= sums || slot >= c.slots) continue;
-    target.store(q, blockIdx.y * c.period_parts + slot / c.count, slot % c.count, total);
+    target.store(q, blockIdx.y * c.period_parts * c.count + slot, total);
   }
 }
 
@@ -631,7 +637,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S, N, false>)
     });
     if (const int rest = N > 1 ? t.rest(c) : 0) {
       const auto of_rest = place(at(c.columns.rows));
-      a.template run<true, true>(of_rest, a.load_part(of_rest, rest, repeated), p, sum, 0, rest);
+      a.template run<true, true>(of_rest, a.load_part(of_rest, rest, repeated), p, sum, rest - N);
     }
   }
   if constexpr (Op::sums > 0)

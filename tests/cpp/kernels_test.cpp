@@ -600,14 +600,18 @@ void large_plans() {
     check(r.vectors * N >= plan.inner, what + " vectors");
     check(ceil_div(r.outer * r.vectors, r.splits * r.threads * 2) <= kMaxSerialSum, what + " steps");
     check(4 * 4 * r.splits * r.count <= workspace_limit(plan.numel(), 2), what + " workspace");
-    // The last element is in the slots of the last row, and it is the last.
+    // The last element is in a slot of the last row, and it is the last; of a vector that is not whole, it is that
+    // thread's rest.
+    check(r.end == plan.numel() && r.rest == r.end % N, what + " rest");
     bool found = false;
-    for (int64_t v = std::max<int64_t>(0, r.vectors - 3); v < r.vectors; ++v) {
-      const auto slot = RowCursor<N, false>(r, plan.count - 1, (plan.outer - 1) * r.vectors + v).slot();
-      found = found || (slot.from < slot.to && slot.first + slot.to == plan.numel());
-      if (slot.from >= slot.to) continue;
-      check(slot.first >= 0 && slot.first + slot.to <= plan.numel(), what + " slot");
-      check(slot.first % N == 0, what + " aligned");
+    for (int64_t slot = last - 2; slot <= last; ++slot) {
+      const auto at = RowCursor<N, false>(r, plan.count - 1, slot).slot();
+      const int64_t end = at.first + std::min(N, N + at.shift);
+      const bool empty = at.shift == N;
+      check(at.first % N == 0 && at.first >= 0 && (empty ? at.first + N <= r.end : end <= r.end), what + " slot");
+      if (empty || end != r.end) continue;
+      found = true;
+      check(r.rest_thread == (r.rest ? slot % threads : -1), what + " thread of the rest");
     }
     check(found, what + " last element");
   }
