@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = 3
 LIMIT_SECONDS = 540
-TEST_PROCESSES = 4
+TEST_PROCESSES = 8
 
 MORE_BENCHMARKS = ("glu", "recurrent")
 RESULT_FILES = {"csv": "benchmark.csv", "json": "benchmark.json", "markdown": "table.md"}
