@@ -5,6 +5,7 @@ Environment: TORCH_CUDA_ARCH_LIST (as in torch), CUDA_HOME, FORCE_CUDA=1 (no CUD
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,22 @@ def cuda_settings(torch):
     return None
 
 
+def openmp(torch, compiler):
+    """What to compile with and what to link for at::parallel_for, which else runs on one thread: the OpenMP runtime that
+    torch itself runs with, since another would not know torch.set_num_threads."""
+    version = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True).stdout
+    if "clang" in version.lower():  # whose code calls LLVM's runtime, and not GCC's, which torch's wheels bring
+        print(
+            "leaf_cuda: built by Clang, the CPU kernels run on one thread; CXX=g++ builds them for all", file=sys.stderr
+        )
+        return [], []
+    bundled = sorted(Path(torch.__file__).with_name("lib").glob("libgomp*.so*"))
+    return ["-fopenmp"], [str(bundled[0])] if bundled else ["-fopenmp"]
+
+
 def extension_and_command():
+    if sys.platform == "win32":
+        sys.exit("leaf_cuda: its CPU kernels take GCC or Clang, and torch on Windows another compiler; build it in WSL")
     try:
         import torch
     except ImportError:
@@ -105,10 +121,8 @@ def extension_and_command():
     standard = "-std=c++20"  # torch before 2.12 would take C++17
     cxx = [standard, "-O3", "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
     cxx += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-    cxx += ["-fopenmp"]  # without it at::parallel_for runs on one thread
-    # torch's own OpenMP runtime, if its wheel brings one: a second one would not know torch.set_num_threads.
-    bundled = sorted(Path(torch.__file__).with_name("lib").glob("libgomp*.so*"))
-    link = [str(bundled[0])] if bundled else ["-fopenmp"]
+    compile_openmp, link = openmp(torch, cpp_extension.get_cxx_compiler())
+    cxx += compile_openmp
     if settings:
         listed = settings[1].replace(" ", ";").replace(";", ",")
         defines = [f"-DLEAF_CUDA_VERSION={torch.version.cuda}", f"-DLEAF_CUDA_ARCHITECTURES={listed}"]

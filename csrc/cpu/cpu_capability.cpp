@@ -1,5 +1,9 @@
 #include "cpu_capability.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <string_view>
@@ -7,11 +11,19 @@
 namespace leaf_cuda::cpu {
 namespace {
 
+#if defined(__x86_64__)
+// Not every Clang's __builtin_cpu_supports knows it by name.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 CpuCapability of_processor() {
 #if defined(__x86_64__)
   // The features that leaf_loops_avx2.cpp and leaf_loops_avx512.cpp are compiled for.
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return CpuCapability::avx512;
