@@ -9,6 +9,8 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "../leaf_math.h"
@@ -90,6 +92,9 @@ inline SimdTypes<double, int64_t>::V fma(__m512d a, __m512d b, __m512d c) { retu
 #elif LEAF_VECTOR_BYTES == 32
 inline SimdTypes<float, int32_t>::V fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 inline SimdTypes<double, int64_t>::V fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+#elif defined(__aarch64__)
+inline SimdTypes<float, int32_t>::V fma(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
+inline SimdTypes<double, int64_t>::V fma(float64x2_t a, float64x2_t b, float64x2_t c) { return vfmaq_f64(c, a, b); }
 #endif
 
 // The larger one, x if that is NaN. (GCC 12 makes no such instruction of the selection.)
@@ -99,6 +104,9 @@ inline SimdTypes<double, int64_t>::V larger(__m256d least, __m256d x) { return _
 #elif defined(__x86_64__) && LEAF_VECTOR_BYTES == 16
 inline SimdTypes<float, int32_t>::V larger(__m128 least, __m128 x) { return _mm_max_ps(least, x); }
 inline SimdTypes<double, int64_t>::V larger(__m128d least, __m128d x) { return _mm_max_pd(least, x); }
+#elif defined(__aarch64__)
+inline SimdTypes<float, int32_t>::V larger(float32x4_t least, float32x4_t x) { return vmaxq_f32(least, x); }
+inline SimdTypes<double, int64_t>::V larger(float64x2_t least, float64x2_t x) { return vmaxq_f64(least, x); }
 #else
 template <class V>
 inline V larger(V least, V x) {
@@ -125,7 +133,7 @@ struct Simd : SimdTypes<Scalar, typename C::Int> {
   static V reciprocal(V x) { return 1 / x; }
   static V divide(V a, V b) { return a / b; }
   static V multiply_add(V a, V b, V c) {
-#if LEAF_VECTOR_BYTES >= 32
+#if LEAF_VECTOR_BYTES >= 32 || defined(__aarch64__)
     return fma(a, b, c);
 #else
     return a * b + c;
@@ -247,6 +255,9 @@ inline void store(Half* p, FloatV v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #endif
 }
+#elif defined(__aarch64__)
+inline FloatV load(const Half* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
+inline void store(Half* p, FloatV v) { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 #else
 inline FloatV load(const Half* p) {
   const Bits32 x = load_bits(&p->bits);
