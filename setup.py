@@ -87,11 +87,14 @@ def cuda_settings(torch):
 def openmp(torch, compiler):
     """What to compile with and what to link for at::parallel_for, which else runs on one thread: the OpenMP runtime that
     torch itself runs with, since another would not know torch.set_num_threads."""
-    version = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True).stdout
-    if "clang" in version.lower():  # whose code calls LLVM's runtime, and not GCC's, which torch's wheels bring
-        print(
-            "leaf_cuda: built by Clang, the CPU kernels run on one thread; CXX=g++ builds them for all", file=sys.stderr
-        )
+    try:
+        macros = [*shlex.split(compiler), "-x", "c++", "-dM", "-E", os.devnull]
+        is_clang = "__clang__" in subprocess.run(macros, capture_output=True, text=True).stdout
+    except OSError:  # no compiler: the build will say so
+        is_clang = False
+    if is_clang:  # whose code calls LLVM's runtime, and not GCC's, which torch's wheels for Linux bring
+        hint = "; CXX=g++ builds them for all" if sys.platform == "linux" else ""
+        print(f"leaf_cuda: built by Clang, the CPU kernels run on one thread{hint}", file=sys.stderr)
         return [], []
     bundled = sorted(Path(torch.__file__).with_name("lib").glob("libgomp*.so*"))
     return ["-fopenmp"], [str(bundled[0])] if bundled else ["-fopenmp"]
@@ -121,8 +124,6 @@ def extension_and_command():
     standard = "-std=c++20"  # torch before 2.12 would take C++17
     cxx = [standard, "-O3", "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
     cxx += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-    compile_openmp, link = openmp(torch, cpp_extension.get_cxx_compiler())
-    cxx += compile_openmp
     if settings:
         listed = settings[1].replace(" ", ";").replace(";", ",")
         defines = [f"-DLEAF_CUDA_VERSION={torch.version.cuda}", f"-DLEAF_CUDA_ARCHITECTURES={listed}"]
@@ -130,11 +131,10 @@ def extension_and_command():
             "leaf_cuda._C",
             sources("core", "cuda", "python"),
             extra_compile_args={"cxx": cxx + defines, "nvcc": [standard, "-O3", "-Xcompiler", "-fvisibility=hidden"]},
-            extra_link_args=link,
         )
     else:
         extension = cpp_extension.CppExtension(
-            "leaf_cuda._C", sources("core", "python"), extra_compile_args={"cxx": cxx}, extra_link_args=link
+            "leaf_cuda._C", sources("core", "python"), extra_compile_args={"cxx": cxx}
         )
 
     class Build(cpp_extension.BuildExtension):
@@ -146,6 +146,8 @@ def extension_and_command():
             self.build_temp = str(ROOT / "build" / f"temp-{sys.implementation.cache_tag}-torch-{torch.__version__}")
 
         def run(self):
+            compile_args, extension.extra_link_args = openmp(torch, cpp_extension.get_cxx_compiler())
+            extension.extra_compile_args["cxx"] += compile_args
             super().run()
             # What leaf_cuda._ops compares with the running torch before it loads _C.
             built = f"torch = {torch.__version__!r}\ncuda = {torch.version.cuda if settings else None!r}\n"

@@ -82,18 +82,19 @@ class ModuleParameter:
     ``nn.Module.__getattr__`` is the last way that Python tries and took a third of a small tensor's forward.
 
     It is no data descriptor, so an attribute of the instance comes before it (pruning, FSDP's and DataParallel's views),
-    and of a parametrization's class the property; what is in none of them, ``nn.Module`` tells by its own error."""
+    and so does the property of a parametrization's class. What is not among the parameters, a buffer, say,
+    ``nn.Module.__getattr__`` finds or refuses as ever."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, module: nn.Module | None, owner: type) -> nn.Parameter | ModuleParameter:
+    def __get__(self, module: nn.Module | None, owner: type):
         if module is None:
             return self
         try:
             return module._parameters[self.name]
         except KeyError:
-            raise AttributeError(self.name) from None
+            return module.__getattr__(self.name)
 
 
 class LearnableActivation(nn.Module):

@@ -180,6 +180,16 @@ def test_a_deleted_parameter(kind, name):
     assert [n for n, _ in module.named_parameters()][-1] == name
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_parameter_turned_buffer(compiled):
+    module = leaf_cuda.LEAF(init_as=(1, 2, 3, 4))
+    del module.p2
+    module.register_buffer("p2", torch.tensor([5.0]))
+    run = torch.compile(module, backend="eager", fullgraph=True) if compiled else module
+    u = torch.randn(3, 4)
+    assert torch.equal(run(u), leaf_cuda.leaf(u, 1, 5, 3, 4))
+
+
 def test_skip_init():
     assert nn.utils.skip_init(leaf_cuda.LEAF, size=(4,)).p1.shape == (4,)
 

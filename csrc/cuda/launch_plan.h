@@ -80,8 +80,8 @@ struct RowsLaunch {
   // From slot to slot of a thread: step_vectors, and a row more where there are no such in its own; in elements, `step`
   // and next_row. Where not all vectors are whole, these lead from one row's first element to another's.
   int64_t step_vectors, step, next_row;
-  // Where the last row ends, and how many of its elements lie in a vector that is not whole, which is no thread's slot:
-  // this thread of the last parameter's splits·threads has it beside its others.
+  // Where the last row ends, and how many of its elements lie in a vector that is not whole. It is the last slot of
+  // this thread of the last parameter's, which does it apart from its others; −1 if there is none.
   int64_t end, rest_thread;
   int rest;
   int64_t grid;
@@ -92,13 +92,17 @@ struct RowsLaunch {
 // at_once: blocks that the device holds.
 inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t at_once, bool sums) {
   RowsLaunch r{plan.outer, plan.count, plan.inner, plan.pitch};
-  r.aligned = plan.inner % vector == 0 && plan.pitch % vector == 0;
-  r.vectors = r.aligned ? plan.inner / vector : (plan.inner + 2 * vector - 2) / vector;
+  // Rows begin at multiples of this, modulo a vector.
+  const int64_t begin = std::gcd(std::gcd(plan.inner, plan.pitch), vector);
+  r.aligned = begin == vector;
+  r.vectors = (plan.inner + 2 * vector - begin - 1) / vector;
+  r.end = (r.outer - 1) * r.pitch + r.count * r.inner;
+  r.rest = static_cast<int>(r.end % vector);
   const int64_t slots = r.outer * r.vectors;
   r.threads = static_cast<int>(std::clamp<int64_t>(round_up(ceil_div(slots, unroll), kWarp), kWarp, kMaxThreads));
   const int64_t steps = ceil_div(slots, int64_t{r.threads} * unroll);
   // A term is the sum of a step's vectors.
-  const int64_t for_accuracy = sums ? ceil_div(steps, kMaxSerialSum) : 1;
+  const int64_t for_accuracy = sums ? ceil_div(steps + (r.rest > 0), kMaxSerialSum) : 1;
   const auto [splits, time] =
       splits_for(r.count, steps, r.aligned ? 1 : kPartialRowsCost, for_accuracy, steps, at_once, sums ? 1 : 0);
   r.splits = splits;
@@ -108,8 +112,6 @@ inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t at
   r.step_vectors = threads % r.vectors;
   r.step = threads / r.vectors * r.pitch + (r.aligned ? r.step_vectors * vector : 0);
   r.next_row = r.pitch - (r.aligned ? r.vectors * vector : 0);
-  r.end = (r.outer - 1) * r.pitch + r.count * r.inner;
-  r.rest = static_cast<int>(r.end % vector);
   const int64_t rest_slot = (r.outer - 1) * r.vectors + r.end / vector - (r.end - r.inner) / vector;
   r.rest_thread = r.rest ? rest_slot % threads : -1;
   r.items = r.count * r.splits;
@@ -188,7 +190,9 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t line, int vector, in
   return c;
 }
 
+// So a row has four vectors or more.
 inline bool has_long_rows(const Plan& plan, int64_t element_bytes) {
+  static_assert(kMinRowBytes >= 4 * 16);
   return plan.inner * element_bytes >= kMinRowBytes;
 }
 

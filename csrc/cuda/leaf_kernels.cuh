@@ -355,8 +355,9 @@ struct RowCursor {
     }
   }
 
-  // N elements from a multiple of N on. The row's are those of its own N from `shift` on, or −shift before (run): a row
-  // begins or ends in it, or of an empty slot none, which has the row's first vector.
+  // N elements from a multiple of N on, and of which of them the row's are (run): from `shift` on in its first vector,
+  // all but the last −shift in others, and none, N, in a slot behind its end, which has one of the row's own vectors:
+  // two before, for of those that are whole it is the nearest.
   struct Slot {
     int64_t first;
     int shift;
@@ -365,7 +366,7 @@ struct RowCursor {
     if (Aligned) return {at, 0};
     const int offset = static_cast<int>(at & (N - 1));
     const int64_t within = vector * N, left = r.inner + offset - within;
-    if (left <= 0) return {at - offset, N};
+    if (left <= 0) return {at - offset + within - 2 * N, N};
     return {at - offset + within, vector ? static_cast<int>(min(left, int64_t{N})) - N : offset};
   }
 };
