@@ -93,6 +93,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #else
     info["compiler"] = "GCC " __VERSION__;
 #endif
+#if defined(_OPENMP)
+    info["openmp"] = true;
+#else
+    info["openmp"] = false;
+#endif
 #if defined(LEAF_CUDA_VERSION)
     info["cuda"] = LEAF_STRING(LEAF_CUDA_VERSION);
     info["cuda_architectures"] = LEAF_STRING(LEAF_CUDA_ARCHITECTURES);

@@ -9,9 +9,9 @@ from ._version import __version__
 def build_info() -> dict:
     """How the loaded library was built.
 
-    Returns a dict: ``version`` of leaf_cuda, ``torch`` it was built for, ``compiler``, ``cuda`` (the toolkit's version)
-    and ``cuda_architectures``, both None in a build without CUDA, and ``cpu_instruction_set``, the one in use on this
-    processor: "DEFAULT", "AVX2" or "AVX512".
+    Returns a dict: ``version`` of leaf_cuda, ``torch`` it was built for, ``compiler``, ``openmp``, without which
+    the CPU kernels run on one thread, ``cuda`` (the toolkit's version) and ``cuda_architectures``, both None in a build
+    without CUDA, and ``cpu_instruction_set``, the one in use on this processor: "DEFAULT", "AVX2" or "AVX512".
     """
     return {"version": __version__, **_ops._C.build_info()}
 

@@ -79,7 +79,7 @@ def _placed_as(t: Tensor, parameter: Tensor | None) -> Tensor:
 
 class ModuleParameter:
     """A parameter of a module as an attribute of its class: its name leads to ``_parameters`` at once, where
-    ``nn.Module.__getattr__`` is the last way that Python tries and took a third of a small tensor's forward.
+    ``nn.Module.__getattr__`` is the last way that Python tries, four times in a forward.
 
     It is no data descriptor, so an attribute of the instance comes before it (pruning, FSDP's and DataParallel's views),
     and so does the property of a parametrization's class. What is not among the parameters, a buffer, say,

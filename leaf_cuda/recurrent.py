@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _ops, reference
 from .functional import arithmetic_dtype, run_reference, runs_reference
-from .modules import FORMS, LearnableActivation, ModuleParameter, has_parameters_but_leaf
+from .modules import FORMS, LearnableActivation, has_parameters_but_leaf
 
 
 class CellLEAF(LearnableActivation):
@@ -20,8 +20,6 @@ class CellLEAF(LearnableActivation):
     "output_gate" and "cell_output" of an LSTM; "reset_gate", "update_gate" and "candidate" of a GRU. The recurrent
     layers compute with the parameters; the module itself is not called.
     """
-
-    p1, p2, p3, p4 = ModuleParameter(), ModuleParameter(), ModuleParameter(), ModuleParameter()
 
     def __init__(self, forms: dict[str, str], hidden_size: int, per_unit: bool, **kwargs):
         self.forms = forms

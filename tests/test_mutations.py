@@ -30,6 +30,7 @@ MUTATIONS = {
     "the neighbours' outputs overwritten": (KERNELS, "if (!Part || shift == 0) {", "if (!Part || shift >= 0) {"),
     "a vector behind the end": (KERNELS, "r.slots.of(first_slot) - has_rest", "r.slots.of(first_slot)"),
     "an empty slot behind the end": (KERNELS, "if (left <= 0) return", "if (left < -N) return"),
+    "an empty slot far from others": (KERNELS, "within - 2 * N, N}", "N, N}"),
     "the last row's rest is not done": (KERNELS, "  if (has_rest) {", "  if (false) {"),
     "the last row's rest of each parameter": (KERNELS, "!Aligned && k == r.count - 1 &&", "!Aligned &&"),
     "another thread's rest": (PLANNER, "rest_slot % threads", "(rest_slot + 1) % threads"),

@@ -407,7 +407,9 @@ def test_backend_for():
 
 def test_build_info():
     info = leaf_cuda.build_info()
-    assert info.keys() == {"version", "torch", "compiler", "cuda", "cuda_architectures", "cpu_instruction_set"}
+    built = {"version", "torch", "compiler", "openmp", "cuda", "cuda_architectures"}
+    assert info.keys() == built | {"cpu_instruction_set"}
+    assert info["openmp"] == info["compiler"].startswith("GCC")  # else one thread, in silence
     assert info["version"] == leaf_cuda.__version__
     assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
     assert info["cpu_instruction_set"] in ("DEFAULT", "AVX2", "AVX512")

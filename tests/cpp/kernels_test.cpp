@@ -597,7 +597,9 @@ void large_plans() {
       }
     };
     r.aligned ? check_step(std::true_type{}) : check_step(std::false_type{});
-    check(r.vectors * N >= plan.inner, what + " vectors");
+    int64_t most = 0;  // that a row lies in
+    for (int64_t k = 0; k < N; ++k) most = std::max(most, ceil_div(k * plan.inner % N + plan.inner, N));
+    check(r.vectors == most, what + " vectors");
     check(ceil_div(r.outer * r.vectors, r.splits * r.threads * 2) <= kMaxSerialSum, what + " steps");
     check(4 * 4 * r.splits * r.count <= workspace_limit(plan.numel(), 2), what + " workspace");
     // The last element is in a slot of the last row, and it is the last; of a vector that is not whole, it is that
