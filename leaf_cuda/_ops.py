@@ -53,6 +53,17 @@ _DEVICES = frozenset(
 )
 
 
+#: The names of the four parameters, in their order everywhere.
+PARAMETERS = ("p1", "p2", "p3", "p4")
+
+
+def constant_to_dynamo(function):
+    """A decorator for what Dynamo is to call as it traces, and not to trace. ``torch.compiler.assume_constant_result`` does
+    the same, but imports all of ``torch._dynamo``, which takes as long as torch itself."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def has_kernel(device_type: str) -> bool:
     """Whether the operators are registered for a device type ("cpu", "cuda", "meta", ...)."""
     return device_type in _DEVICES

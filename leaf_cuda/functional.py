@@ -25,7 +25,7 @@ class FallbackWarning(UserWarning):
 _warned: set[str] = set()
 
 
-def _stacklevel_of_caller() -> int:
+def stacklevel_of_caller() -> int:
     """That of the line which called leaf_cuda, itself or through a module, for a warning by who calls this."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("leaf_cuda", "torch"):
@@ -33,7 +33,7 @@ def _stacklevel_of_caller() -> int:
     return level
 
 
-@torch.compiler.assume_constant_result  # Dynamo calls it when it traces: it does not know how to trace a warning
+@_ops.constant_to_dynamo  # which does not know how to trace a warning
 def _warn_fallback(device: str) -> None:
     if device in _warned:
         return
@@ -47,22 +47,34 @@ def _warn_fallback(device: str) -> None:
         f"leaf_cuda has no fused kernel for device '{device}' in this build and runs the PyTorch formula there; "
         f"for the fused kernel, {how}",
         FallbackWarning,
-        stacklevel=_stacklevel_of_caller(),
+        stacklevel=stacklevel_of_caller(),
     )
 
 
-def _as_tensors(function: str, u: Tensor, parameters) -> list[Tensor | None]:
-    """The parameters with tensors in the place of numbers, in the arithmetic dtype, and so those of u's: half precision
-    would round the numbers."""
+def _is_foreign(given: tuple) -> bool:
+    """Whether there is a stand-in for a tensor among them that takes the call itself: torch.fx's Proxy, a tensor-like."""
+    return not all(t is None or isinstance(t, Tensor) for t in given) and torch.overrides.has_torch_function(given)
+
+
+def _as_tensors(function: str, inputs: dict[str, Tensor | None], parameters: tuple) -> dict[str, Tensor | None]:
+    """The inputs and the parameters by name. With a number among the parameters, each is a tensor in the arithmetic dtype,
+    and so are those of the inputs': half precision would round the numbers."""
+    optional = ("b", "p2", "p4")
+    for name, t in inputs.items():
+        if not (isinstance(t, Tensor) or (t is None and name in optional)):
+            takes = "a tensor or None" if name in optional else "a tensor"
+            raise TypeError(f"{function}: {name} is of type {type(t).__name__}; it takes {takes}")
+    tensors = {**inputs, **dict(zip(_ops.PARAMETERS, parameters, strict=True))}
+    if all(isinstance(t, Tensor) or (t is None and name in optional) for name, t in tensors.items()):
+        return tensors
+    u, *_ = inputs.values()
     dtype = arithmetic_dtype(u.dtype)
-    tensors = []
-    for name, p in zip(("p1", "p2", "p3", "p4"), parameters, strict=True):
-        optional = name in ("p2", "p4")
+    for name in _ops.PARAMETERS:
+        p = tensors[name]
         symbolic = isinstance(p, (torch.SymInt, torch.SymFloat))
         number = isinstance(p, numbers.Real) and not isinstance(p, bool)
-        if (
-            optional and number and not torch.compiler.is_compiling() and p == 0
-        ):  # traced, p may be symbolic all the same
+        # Traced, a number may be symbolic all the same.
+        if name in optional and number and not torch.compiler.is_compiling() and p == 0:
             p = None
         elif symbolic or number:
             try:
@@ -71,10 +83,10 @@ def _as_tensors(function: str, u: Tensor, parameters) -> list[Tensor | None]:
                 raise ValueError(f"{function}: {name} is {p}; it takes a number in the range of {dtype}") from None
         elif isinstance(p, Tensor) and p.dtype == u.dtype:
             p = p.to(dtype)
-        elif not (isinstance(p, Tensor) or (optional and p is None)):
-            takes = "a tensor, a real number or None" if optional else "a tensor or a real number"
+        elif not (isinstance(p, Tensor) or (p is None and name in optional)):
+            takes = "a tensor, a real number or None" if name in optional else "a tensor or a real number"
             raise TypeError(f"{function}: {name} is of type {type(p).__name__}; it takes {takes}")
-        tensors.append(p)
+        tensors[name] = p
     return tensors
 
 
@@ -100,27 +112,16 @@ def leaf(u: Tensor, p1, p2, p3, p4) -> Tensor:
         y = _ops.plain_leaf_forward(u, p1, p2, p3, p4)
         if y is not NotImplemented:
             return y
-    if not (
-        isinstance(u, Tensor)
-        and isinstance(p1, Tensor)
-        and (p2 is None or isinstance(p2, Tensor))
-        and isinstance(p3, Tensor)
-        and (p4 is None or isinstance(p4, Tensor))
-    ):
-        given = (u, p1, p2, p3, p4)
-        if torch.overrides.has_torch_function(given):  # torch.fx's Proxy, and tensor-likes
-            return torch.overrides.handle_torch_function(leaf, given, *given)
-        if not isinstance(u, Tensor):
-            raise TypeError(f"leaf: u is of type {type(u).__name__}; it takes a tensor")
-        p1, p2, p3, p4 = _as_tensors("leaf", u, (p1, p2, p3, p4))
+    given = (u, p1, p2, p3, p4)
+    if _is_foreign(given):
+        return torch.overrides.handle_torch_function(leaf, given, *given)
+    tensors = _as_tensors("leaf", {"u": u}, (p1, p2, p3, p4))
     sharding.prepare(u)
     if runs_reference(u):
-        return run_reference(
-            "leaf", _ops.leaf_forward, reference.leaf, {"u": u, "p1": p1, "p2": p2, "p3": p3, "p4": p4}
-        )
+        return run_reference("leaf", _ops.leaf_forward, reference.leaf, tensors)
     if takes_function():
-        return LeafFunction.apply(u, p1, p2, p3, p4)
-    return _ops.leaf_forward(u, p1, p2, p3, p4)
+        return LeafFunction.apply(*tensors.values())
+    return _ops.leaf_forward(*tensors.values())
 
 
 def runs_reference(u: Tensor) -> bool:
@@ -171,23 +172,13 @@ def leaf_glu(a: Tensor, b: Tensor | None, p1, p2, p3, p4) -> Tensor:
         if y is not NotImplemented:
             return y
     given = (a, b, p1, p2, p3, p4)
-    if torch.overrides.has_torch_function(given) and not all(t is None or isinstance(t, Tensor) for t in given):
+    if _is_foreign(given):
         return torch.overrides.handle_torch_function(leaf_glu, given, *given)
-    for name, t in (("a", a), ("b", b)):
-        if not (isinstance(t, Tensor) or (name == "b" and t is None)):
-            raise TypeError(
-                f"leaf_glu: {name} is of type {type(t).__name__}; it takes a tensor{' or None' * (name == 'b')}"
-            )
-    parameters = (p1, p2, p3, p4)
-    if not (
-        isinstance(p1, Tensor) and isinstance(p3, Tensor) and all(p is None or isinstance(p, Tensor) for p in (p2, p4))
-    ):
-        parameters = _as_tensors("leaf_glu", a, parameters)
+    tensors = _as_tensors("leaf_glu", {"a": a, "b": b}, (p1, p2, p3, p4))
     sharding.prepare(a)
     if runs_reference(a):
-        tensors = dict(zip(("a", "b", "p1", "p2", "p3", "p4"), (a, b, *parameters), strict=True))
         return run_reference("leaf_glu", _ops.leaf_glu_forward, reference.leaf_glu, tensors)
-    return _ops.leaf_glu_forward(a, b, *parameters)
+    return _ops.leaf_glu_forward(*tensors.values())
 
 
 def ahaf(u: Tensor, beta, gamma) -> Tensor:

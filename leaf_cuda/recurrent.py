@@ -26,11 +26,11 @@ class CellLEAF(LearnableActivation):
         super().__init__(size=(len(forms), hidden_size if per_unit else 1), init_as=tuple(forms.values()), **kwargs)
 
     def _initial_values(self) -> dict[str, tuple[float, ...]]:
-        return dict(zip(("p1", "p2", "p3", "p4"), zip(*(FORMS[form] for form in self.forms.values()))))
+        return dict(zip(_ops.PARAMETERS, zip(*(FORMS[form] for form in self.forms.values()))))
 
     def parts(self) -> dict[str, tuple]:
         return {
-            f".{name}": (form, {p: getattr(self, p)[row] for p in ("p1", "p2", "p3", "p4")})
+            f".{name}": (form, self.p1[row], self.p2[row], self.p3[row], self.p4[row])
             for row, (name, form) in enumerate(self.forms.items())
         }
 
@@ -48,7 +48,7 @@ LSTM_FORMS = {
 GRU_FORMS = {"reset_gate": "Sigmoid", "update_gate": "Sigmoid", "candidate": "Tanh"}
 
 
-@torch._dynamo.assume_constant_result  # Dynamo of torch 2.11 does not know the question
+@_ops.constant_to_dynamo  # Dynamo of torch 2.11 does not know the question
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
@@ -90,19 +90,21 @@ class Recurrent(nn.Module):
         """One layer, in one direction: x (steps, batch, features), or (rows, features) with batch_sizes, → output and the
         states after the last step."""
         weights = [name + suffix for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        h, c = states if len(states) == 2 else (*states, None)
-        tensors = [x, h, c, *(getattr(self, name, None) for name in weights)]
+        tensors = dict(zip(("input", "h", "c"), (x, *states, None)))
+        tensors |= {name: getattr(self, name, None) for name in weights}
         if _autocasts(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+            tensors = {k: t if t is None or t.dtype == torch.float64 else t.to(dtype) for k, t in tensors.items()}
         leaf = getattr(self, "leaf" + suffix)
-        tensors += [leaf.p1, leaf.p2, leaf.p3, leaf.p4]
+        tensors |= {f"leaf{suffix}.{p}": getattr(leaf, p) for p in _ops.PARAMETERS}
+        return self._compute(tensors, batch_sizes, reverse)
+
+    def _compute(self, tensors: dict[str, Tensor | None], batch_sizes: Tensor | None, reverse: bool):
+        """The operator's results; its arguments by their names in an error."""
         operator = _ops.leaf_recurrent_forward
-        if runs_reference(x):
-            names = ("input", "h", "c", *weights, *(f"leaf{suffix}.{p}" for p in ("p1", "p2", "p3", "p4")))
-            named = dict(zip(names, tensors, strict=True))
-            return run_reference(type(self).__name__, operator, reference.recurrent, named, batch_sizes, reverse)
-        return operator(*tensors, batch_sizes, reverse)[: 1 + len(states)]
+        if runs_reference(tensors["input"]):
+            return run_reference(type(self).__name__, operator, reference.recurrent, tensors, batch_sizes, reverse)
+        return operator(*tensors.values(), batch_sizes, reverse)[: 1 + len(self._state_names)]
 
     def _fail(self, error: type[Exception], message: str):
         raise error(f"{type(self).__name__}: {message}")

@@ -15,7 +15,7 @@ def prepare(u: torch.Tensor) -> None:
         _register()
 
 
-@torch._dynamo.assume_constant_result
+@_ops.constant_to_dynamo
 def _register() -> None:
     _register_once()
 

@@ -43,6 +43,17 @@ def run_python(code):
     )
 
 
+def test_import_is_light():
+    """Of what torch does not import itself, nothing that takes as long as torch."""
+    result = run_python(
+        "import sys, torch; before = set(sys.modules)\n"
+        "import leaf_cuda\n"
+        "print(*sorted(m for m in set(sys.modules) - before if m.split('.')[0] != 'leaf_cuda'))\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.split()) < 20, result.stdout
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_fork_after_import():
     """As DataLoader's workers do it. One thread: PyTorch's own pool of threads does not survive a fork."""
