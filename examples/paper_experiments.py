@@ -40,11 +40,12 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from leaf_cuda import AHAF, LEAF, models
+from leaf_cuda import AHAF, LEAF, fixed_activations, models
 from leaf_cuda.optim import DoubleStageTuner, leaf_param_groups
 from leaf_cuda.plot import plot_forms
 
-FIXED = {"ReLU": nn.ReLU, "SiLU": nn.SiLU, "Tanh": nn.Tanh, "Sigmoid": nn.Sigmoid, "GELU": nn.GELU}
+#: The fixed activations that LEAF has a form of that name for.
+FIXED = {fixed.form: kind for kind, fixed in fixed_activations.FIXED.items() if isinstance(fixed.form, str)}
 NETWORKS = {"LeNet5": models.LeNet5, "KerasNet": models.KerasNet}
 #: The authors' optimizers, with the rates of all parameters and, where it is slow, of p2 and p4.
 OPTIMIZERS = {

@@ -14,31 +14,12 @@ from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
+from .fixed_activations import FIXED, Form, module_type
 from .functional import arithmetic_dtype
 from .modules import AHAF, LEAF, LearnableActivation, size_of
 from .optim import split_activation_parameters
 from .recurrent import Recurrent
-from .tracing import called_name, calls_of, modes_of, module_type, set_modes, trace, with_forward
-
-#: The form (``init_as``) that stands for a fixed activation. The first four equal it; the others come near it: what is
-#: left is in the report. 1.05 and 0.94 make the largest difference the smallest.
-FORM_OF = {
-    nn.ReLU: "ReLU",
-    nn.SiLU: "SiLU",
-    nn.Tanh: "Tanh",
-    nn.Sigmoid: "Sigmoid",
-    nn.GELU: "GELU",
-    nn.Hardswish: ("Swish", 1.05),
-    nn.Hardsigmoid: (0.0, 1.0, 0.94, 0.0),
-}
-
-#: Element-wise activations without such a form; a rule may give them one.
-_WITHOUT_FORM = (
-    nn.CELU, nn.ELU, nn.Hardshrink, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.PReLU, nn.ReLU6, nn.RReLU,
-    nn.SELU, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanhshrink, nn.Threshold,
-)  # fmt: skip
-
-Form = str | tuple
+from .tracing import called_name, calls_of, modes_of, set_modes, trace, with_forward
 
 
 @dataclass(frozen=True)
@@ -46,8 +27,8 @@ class Replaced:
     """One activation that was replaced.
 
     ``name`` is the module's in the model, ``old`` and ``new`` tell both activations, and ``difference`` is the largest
-    between them over [-10, 10], in float64; None where the old one has parameters, or is on the meta device. ``called``
-    tells whether the run with ``example_inputs`` came by; None where there were none.
+    between them over [-10, 10], in float64; None where the old one has parameters, is on the meta device, or takes no such
+    input. ``called`` tells whether the run with ``example_inputs`` came by; None where there were none.
     """
 
     name: str
@@ -259,7 +240,7 @@ class _Conversion:
         self.module_calls: list[tuple[str, tuple, dict]] = []  # of traced forwards: whom, with what
         self.report = Report()
         self.unmatched = dict.fromkeys(rules)
-        self.activations = (*FORM_OF, *_WITHOUT_FORM, AHAF, *(key for key in rules if isinstance(key, type)))
+        self.activations = (*FIXED, AHAF, *(key for key in rules if isinstance(key, type)))
         self.places: list[_Place] = []
         self.traced: list[_Traced] = []
         self.inside: set[nn.Module] = set()  # what is in an activation, which is decided as a whole
@@ -316,12 +297,20 @@ class _Conversion:
         """Functions in attributes, nn.TransformerEncoderLayer's among them."""
         for attribute, function in list(vars(module).items()):
             kind = None if isinstance(function, str) else module_type(function)
-            path = _join(name, attribute)
-            if kind is not None and (options := self._decide(path, kind())) is not None:
-                self.undo.callback(setattr, module, attribute, function)
-                self.undo.callback(module._modules.pop, attribute, None)
-                delattr(module, attribute)
-                self._add(_Place(path, module, attribute, kind(), f"function {function.__name__}", options))
+            if kind is None or hasattr(type(module), attribute):  # which would hide a module; its calls are found
+                continue
+            path, label = _join(name, attribute), f"function {function.__name__}"
+            try:
+                fixed = kind()
+            except TypeError:  # nn.Threshold
+                self.report.kept.append(Kept(path, label, "it is called with more than its input"))
+                continue
+            if (options := self._decide(path, fixed)) is None:
+                continue
+            self.undo.callback(setattr, module, attribute, function)
+            self.undo.callback(module._modules.pop, attribute, None)
+            delattr(module, attribute)
+            self._add(_Place(path, module, attribute, fixed, label, options))
 
     def _find_calls(self, name: str, module: nn.Module) -> None:
         """Calls of functions and Tensor methods, in forwards that torch.fx can trace."""
@@ -389,13 +378,14 @@ class _Conversion:
         if path in self.refused:
             reason = self.refused[path]
             return self._keep(path, fixed, reason) if reason else None
-        options = {"init_as": FORM_OF.get(kind), **self.defaults, **rule}
+        form = FIXED[kind].form if kind in FIXED else None
+        options = {"init_as": form, **self.defaults, **rule}
         if isinstance(fixed, AHAF):
             if options["kind"] is not LEAF:
                 return None
             return options if kind is AHAF else self._keep(path, fixed, "a class of its own")
         if options["init_as"] is None:
-            why = "no form is near it" if kind in _WITHOUT_FORM else "a class of its own"
+            why = "no form is near it" if kind in FIXED else "a class of its own"
             return self._keep(path, fixed, f"{why}; rules={{{kind.__name__}: form}} would name one")
         try:
             options["kind"](init_as=options["init_as"], device="meta")
@@ -608,7 +598,12 @@ def _form_difference(old: nn.Module, new: LearnableActivation) -> float | None:
     u = torch.cat([-half, half.new_zeros(1), half])
     form = type(new)(init_as=new.init_as, dtype=torch.float64, device="cpu")
     with torch.no_grad():
-        return (copy.deepcopy(old).cpu().eval()(u.clone()) - form(u)).abs().max().item()
+        try:
+            return (copy.deepcopy(old).cpu().eval()(u.clone()) - form(u)).abs().max().item()
+        except Exception:  # whatever the user's own class raises: it takes other inputs
+            if type(old) in FIXED:
+                raise
+            return None
 
 
 def _values(t: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .functional import ahaf, arithmetic_dtype, leaf
+from ._ops import PARAMETERS
+from .functional import ahaf, arithmetic_dtype, leaf, stacklevel_of_caller
 
 #: The initial forms (p1, p2, p3, p4) of the authors, and two more of the same family.
 FORMS = {
@@ -25,6 +27,17 @@ FORMS = {
 
 def _is_low_precision(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize < 4
+
+
+def _warn_of_infinity(name: str, t: Tensor) -> None:
+    """Warns where a conversion to low precision has made a parameter infinite."""
+    has_values = type(t) in (Tensor, nn.Parameter) and not t.is_meta
+    if has_values and _is_low_precision(t.dtype) and t.detach().float().isinf().any():
+        warnings.warn(
+            f"{name} is infinite in {t.dtype}, in which its value, such as 2^16 of the ReLU form, is lost, and the output "
+            "will be NaN or infinite; keep or save it in torch.float32",
+            stacklevel=stacklevel_of_caller(),
+        )
 
 
 def _form(init_as) -> tuple[float, float, float, float]:
@@ -175,9 +188,8 @@ class LearnableActivation(nn.Module):
         state_dict |= {key: _placed_as(t, getattr(self, key.removeprefix(prefix), None)) for key, t in initial.items()}
 
     def parts(self) -> dict[str, tuple]:
-        """What the module has of activations, for a figure: a name behind its own → (its initial form, its parameters by
-        name)."""
-        return {"": (self.init_as, {name: getattr(self, name) for name in self._initial_values()})}
+        """The activations that the module holds, for a figure: a name behind its own → (initial form, p1, p2, p3, p4)."""
+        raise NotImplementedError
 
     def _apply(self, fn, recurse=True):
         def keeping_float32(t: Tensor) -> Tensor:
@@ -186,15 +198,21 @@ class LearnableActivation(nn.Module):
                 return t.to(device=result.device, dtype=torch.float32)
             return result
 
-        return super()._apply(keeping_float32 if self.keep_float32 else fn, recurse)
+        before = {name: p.dtype for name, p in self.named_parameters(recurse=False)}
+        super()._apply(keeping_float32 if self.keep_float32 else fn, recurse)
+        for name, p in self.named_parameters(recurse=False):
+            if p.dtype != before[name]:
+                _warn_of_infinity(name, p)
+        return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        # With assign=True the checkpoint's tensors become the parameters.
-        if self.keep_float32 and local_metadata.get("assign_to_params_buffers", False):
-            for name, own in self.named_parameters(recurse=False):
-                loaded = state_dict.get(prefix + name)
-                narrow = isinstance(loaded, Tensor) and _is_low_precision(loaded.dtype)
-                if narrow and not _is_low_precision(own.dtype):
+        for name, own in self.named_parameters(recurse=False):
+            loaded = state_dict.get(prefix + name)
+            if isinstance(loaded, Tensor) and _is_low_precision(loaded.dtype):
+                _warn_of_infinity(prefix + name, loaded)
+                # With assign=True the checkpoint's tensors become the parameters.
+                assign = local_metadata.get("assign_to_params_buffers", False)
+                if self.keep_float32 and assign and not _is_low_precision(own.dtype):
                     state_dict[prefix + name] = loaded.to(own.dtype)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
@@ -203,7 +221,19 @@ class LearnableActivation(nn.Module):
         return extra if self.keep_float32 else extra + ", keep_float32=False"
 
 
-class LEAF(LearnableActivation):
+class FourParameters(LearnableActivation):
+    """What has LEAF's p1, p2, p3 and p4, for one activation."""
+
+    p1, p2, p3, p4 = ModuleParameter(), ModuleParameter(), ModuleParameter(), ModuleParameter()
+
+    def _initial_values(self) -> dict[str, tuple[float, ...]]:
+        return {name: (value,) for name, value in zip(PARAMETERS, _form(self.init_as))}
+
+    def parts(self) -> dict[str, tuple]:
+        return {"": (self.init_as, self.p1, self.p2, self.p3, self.p4)}
+
+
+class LEAF(FourParameters):
     """Learnable Extended Activation Function, y = (p1·u + p2)·σ(p3·u) + p4, with trained p1, p2, p3 and p4.
 
     Bodyanskiy & Kostiuk 2023, doi 10.47839/ijc.22.3.3225. A drop-in for an activation module: any shape to the same
@@ -222,11 +252,6 @@ class LEAF(LearnableActivation):
         ValueError: an unknown ``init_as``, a non-positive ``size``, or a form that ``dtype`` cannot hold.
         TypeError: ``dtype`` is no floating-point dtype.
     """
-
-    p1, p2, p3, p4 = ModuleParameter(), ModuleParameter(), ModuleParameter(), ModuleParameter()
-
-    def _initial_values(self) -> dict[str, tuple[float, ...]]:
-        return {name: (value,) for name, value in zip(("p1", "p2", "p3", "p4"), _form(self.init_as))}
 
     def forward(self, u: Tensor) -> Tensor:
         return leaf(u, self.p1, self.p2, self.p3, self.p4)
@@ -248,6 +273,9 @@ class AHAF(LearnableActivation):
                 f"init_as is {self.init_as!r}, which is no form of AHAF: y = β·u·σ(γ·u) has p2 = p4 = 0 and p3 ≠ 0"
             )
         return {"gamma": (p3,), "beta": (p1,)}
+
+    def parts(self) -> dict[str, tuple]:
+        return {"": (self.init_as, self.beta, None, self.gamma, None)}
 
     def forward(self, u: Tensor) -> Tensor:
         return ahaf(u, self.beta, self.gamma)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .functional import arithmetic_dtype, leaf_glu
-from .modules import LEAF, has_parameters_but_leaf
+from .modules import FourParameters, has_parameters_but_leaf
 from .recurrent import CellLEAF, LeafGRU, LeafGRUCell, LeafLSTM, LeafLSTMCell
 
 __all__ = ["CellLEAF", "LeafGLU", "LeafGRU", "LeafGRUCell", "LeafLSTM", "LeafLSTMCell", "LeafMLP"]
 
 
-class LeafGLU(LEAF):
+class LeafGLU(FourParameters):
     """The gated linear unit with LEAF as its gate's activation, y = leaf(a)·b, with trained p1, p2, p3 and p4.
 
     It begins as SwiGLU; as ReGLU with ``init_as="ReLU"``, as the plain GLU with "Sigmoid". See

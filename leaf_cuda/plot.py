@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .functional import ahaf, leaf
-from .modules import AHAF, LearnableActivation, _form
+from .functional import leaf
+from .modules import LearnableActivation, _form
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,15 +49,15 @@ def plot_forms(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is of type {type(model).__name__}; it takes a torch.nn.Module")
     layers = {
-        (name or type(module).__name__) + of_part: (module, *part)
+        (name or type(module).__name__) + of_part: (form, parameters)
         for name, module in model.named_modules()
         if isinstance(module, LearnableActivation)
-        for of_part, part in module.parts().items()
+        for of_part, (form, *parameters) in module.parts().items()
     }
     if not layers:
         raise ValueError("model has no LEAF or AHAF to draw; leaf_cuda.convert.replace_activations puts them in")
-    for name, (_, _, parameters) in layers.items():
-        if any(p.is_meta for p in parameters.values()):
+    for name, (_, parameters) in layers.items():
+        if any(p is not None and p.is_meta for p in parameters):
             raise ValueError(f"model has {name!r} on the meta device; it takes a model whose parameters have values")
     if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
         raise ValueError(f"samples is {samples!r}; it takes a positive integer")
@@ -69,9 +69,9 @@ def plot_forms(
     rows = -(-len(layers) // columns)
     figure = Figure(figsize=(0.6 + 3 * columns, 0.6 + 2.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for (name, (layer, form, parameters)), panel in zip(layers.items(), panels):
+    for (name, (form, parameters)), panel in zip(layers.items(), panels):
         behind, label = _reference(form, reference)
-        curves, count = _curves(ahaf if isinstance(layer, AHAF) else leaf, parameters, u, samples)
+        curves, count = _curves(parameters, u, samples)
         panel.plot(u, behind(u), color="black", linestyle="--", linewidth=1.2, label=label, zorder=3)
         panel.plot(u, curves.T, color="tab:blue", linewidth=1, alpha=max(0.25, 1 / len(curves)))
         shown = f"{count} form{'s' if count > 1 else ''}" if count == len(curves) else f"{len(curves)} of {count} forms"
@@ -107,12 +107,10 @@ def _in_its_dtype(function: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
     return function(u.to(like)).detach().to(u)
 
 
-def _curves(function, parameters: dict[str, Tensor], u: Tensor, samples: int) -> tuple[Tensor, int]:
-    """y (curves, points) for at most `samples` of the sets of parameters, and how many sets there are."""
-    names = ("beta", "gamma") if function is ahaf else ("p1", "p2", "p3", "p4")
-    values = [parameters[name].detach().flatten() for name in names]
-    count = values[0].numel()
+def _curves(parameters: list[Tensor | None], u: Tensor, samples: int) -> tuple[Tensor, int]:
+    """y (curves, points) for at most `samples` of the sets of parameters p1 to p4, and how many sets there are."""
+    count = parameters[0].numel()
     # In float64: float32 does not hold every index beyond 2^24.
     chosen = torch.linspace(0, count - 1, min(samples, count), dtype=torch.float64, device="cpu").round().long()
-    values = [p[chosen, None].to("cpu", torch.float64) for p in values]
-    return function(u.expand(len(chosen), -1), *values), count
+    values = [p if p is None else p.detach().flatten()[chosen, None].to("cpu", torch.float64) for p in parameters]
+    return leaf(u.expand(len(chosen), -1), *values), count

@@ -14,53 +14,10 @@ from types import CodeType
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-#: The module of a function or Tensor method. Arguments behind the input are the constructor's, in its order.
-_MODULE_OF: dict[Callable | str, type[nn.Module]] = {
-    F.relu: nn.ReLU,
-    torch.relu: nn.ReLU,
-    "relu": nn.ReLU,
-    F.silu: nn.SiLU,
-    torch.tanh: nn.Tanh,
-    F.tanh: nn.Tanh,
-    "tanh": nn.Tanh,
-    torch.sigmoid: nn.Sigmoid,
-    torch.special.expit: nn.Sigmoid,
-    F.sigmoid: nn.Sigmoid,
-    "sigmoid": nn.Sigmoid,
-    F.gelu: nn.GELU,
-    F.hardswish: nn.Hardswish,
-    F.hardsigmoid: nn.Hardsigmoid,
-    F.celu: nn.CELU,
-    F.elu: nn.ELU,
-    F.hardtanh: nn.Hardtanh,
-    F.leaky_relu: nn.LeakyReLU,
-    F.logsigmoid: nn.LogSigmoid,
-    F.mish: nn.Mish,
-    F.relu6: nn.ReLU6,
-    F.selu: nn.SELU,
-    F.softplus: nn.Softplus,
-    F.softsign: nn.Softsign,
-}
-_IN_PLACE: dict[Callable | str, type[nn.Module]] = {
-    F.relu_: nn.ReLU,
-    torch.relu_: nn.ReLU,
-    "relu_": nn.ReLU,
-    torch.tanh_: nn.Tanh,
-    "tanh_": nn.Tanh,
-    torch.sigmoid_: nn.Sigmoid,
-    "sigmoid_": nn.Sigmoid,
-}
-
-
-def module_type(target) -> type[nn.Module] | None:
-    try:
-        return _MODULE_OF.get(target) or _IN_PLACE.get(target)
-    except TypeError:  # not hashable
-        return None
+from .fixed_activations import is_in_place, module_type
 
 
 def called_name(node: fx.Node) -> str:
@@ -381,8 +338,12 @@ def calls_of(graph: fx.Graph) -> dict[fx.Node, nn.Module | str]:
         if any(isinstance(a, fx.Node) for a in (*arguments, *kwargs.values())):
             calls[node] = "its arguments are computed"
             continue
-        fixed = kind(*arguments, **kwargs)
-        in_place = getattr(fixed, "inplace", False) or node.target in _IN_PLACE
+        try:
+            fixed = kind(*arguments, **kwargs)
+        except (TypeError, ValueError) as error:
+            calls[node] = f"its arguments are not those of nn.{kind.__name__}: {error}"
+            continue
+        in_place = getattr(fixed, "inplace", False) or is_in_place(node.target)
         if in_place and (not node.users or any(order[user] > order[node] for user in _input(node).users)):
             fixed = "it works in place, and what it changes is used again"
         calls[node] = fixed

@@ -17,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from leaf_cuda import AHAF, LEAF
 from leaf_cuda.convert import freeze_weights, replace_activations
+from leaf_cuda.fixed_activations import FIXED, is_in_place
 from leaf_cuda.models import LeNet5
-from leaf_cuda.nn import CellLEAF, LeafGRUCell, LeafLSTM
+from leaf_cuda.nn import CellLEAF, LeafGLU, LeafGRUCell, LeafLSTM
 
 
 def make_forward(body):
@@ -377,6 +378,70 @@ def asking_is_tensor(self, x):
     return F.relu(x) if torch.is_tensor(x) else F.relu(x[0])
 
 
+#: What a fixed activation's constructor, and its functions behind the input, are called with.
+ARGUMENTS = {
+    nn.CELU: (2.0,),
+    nn.ELU: (0.5,),
+    nn.Hardshrink: (0.3,),
+    nn.Hardtanh: (-0.5, 0.7),
+    nn.LeakyReLU: (0.2,),
+    nn.Softplus: (2.0, 10.0),
+    nn.Softshrink: (0.3,),
+    nn.Threshold: (0.5, -2.0),
+}
+
+
+@pytest.mark.parametrize("kind, call", [(kind, c) for kind, f in FIXED.items() for c in (*f.calls, *f.in_place)])
+def test_table_of_calls(kind, call):
+    """Each function and method computes what its module does, changes its input if that is told, and is found."""
+    arguments = ARGUMENTS.get(kind, ())
+
+    def function(u):
+        return getattr(u, call)(*arguments) if isinstance(call, str) else call(u, *arguments)
+
+    u, fixed = X.clone(), kind(*arguments)
+    torch.testing.assert_close(function(u), fixed(X), rtol=0, atol=0)
+    assert is_in_place(call) != torch.equal(u, X)
+    model = make_forward(lambda self, x: self.fc2(function(self.fc1(x))))
+    (replaced,) = replace_activations(model, rules={kind: "Sigmoid"}).replaced
+    torch.testing.assert_close(model(X), model.fc2(torch.sigmoid(model.fc1(X))))
+
+
+def test_class_attribute_of_the_name():
+    class Block(nn.Module):
+        activation = None
+
+        def __init__(self):
+            super().__init__()
+            self.activation = F.gelu
+
+        def forward(self, x):
+            return self.activation(x)
+
+    block = Block()
+    report = replace_activations(nn.Sequential(block, nn.ReLU()))
+    assert {r.name: r.old for r in report.replaced} == {"0.gelu": "gelu()", "1": "ReLU()"}
+    assert block.activation is F.gelu and not report.kept
+
+
+class OfFloat32(nn.Module):
+    def forward(self, x):
+        assert x.dtype == torch.float32
+        return x
+
+
+class OfChannels(nn.Module):
+    def forward(self, x):
+        return x * x.size(1)
+
+
+@pytest.mark.parametrize("kind", [OfFloat32, OfChannels])
+def test_own_activation_of_other_inputs(kind):
+    """That it does not take what its difference is looked for with is no error."""
+    (replaced,) = replace_activations(nn.Sequential(kind()), rules={kind: "SiLU"}).replaced
+    assert replaced.difference is None
+
+
 def asking_for_autocast(self, x):
     return F.relu(x) if torch.is_autocast_enabled() else F.relu(self.fc1(x))
 
@@ -450,6 +515,7 @@ def asking_for_keywords(self, x, **options):
         (numpy_random_of_its_own, "torch.fx: it draws random numbers"),
         (other_in_training, "other activations in train than in eval mode"),
         (computed_argument, "its arguments are computed"),
+        (lambda self, x: torch.tanh(x, out=None), "its arguments are not those of nn.Tanh"),
     ],
 )
 @pytest.mark.parametrize("grad", [True, False])
@@ -1044,6 +1110,7 @@ def test_freeze():
         ({"model": 3}, TypeError, "model is of type int"),
         ({"kind": nn.ReLU}, TypeError, "kind is <class.*; it takes LEAF or AHAF"),
         ({"kind": CellLEAF}, TypeError, "kind is <class.*; it takes LEAF or AHAF"),
+        ({"kind": LeafGLU}, TypeError, "kind is <class.*; it takes LEAF or AHAF"),
         ({"granularity": "pixel"}, ValueError, "granularity is 'pixel'; it takes one of"),
         ({"channel_dim": 0}, ValueError, "channel_dim is 0; it takes an integer but 0, the batch"),
         ({"example_inputs": [X]}, TypeError, "example_inputs is of type list"),

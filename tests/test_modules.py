@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -274,6 +275,23 @@ def test_half_checkpoints(kind, half, assign):
     assert checkpoint.keys() == given.keys() and all(checkpoint[k] is given[k] for k in given)
     for name, p in model.named_parameters():
         assert p.requires_grad and p.dtype == torch.float32 and torch.equal(p, checkpoint[name].float())
+
+
+@KINDS
+def test_values_that_low_precision_has_lost_are_told(kind):
+    """2^16 is infinite in float16, and no more than that is left of it."""
+    name = {LEAF: "p3", AHAF: "gamma"}[kind]
+    model = nn.Sequential(kind())
+    with pytest.warns(UserWarning, match=f"^0.{name} is infinite in torch.float16") as told:
+        model.load_state_dict({k: v.half() for k, v in model.state_dict().items()})
+    assert len(told) == 1 and told[0].filename == __file__
+    with pytest.warns(UserWarning, match=f"^{name} is infinite in torch.float16"):
+        kind(keep_float32=False).half()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kind(keep_float32=False).bfloat16()
+        kind().half()
+        kind().load_state_dict({k: v.bfloat16() for k, v in kind().state_dict().items()})
 
 
 @KINDS
