@@ -20,6 +20,10 @@ ROOT = Path(__file__).parent.resolve()
 PUBLISHED_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 
+# What is built works with one minor version of torch only, and requires that.
+SUPPORTED_TORCH = "torch>=2.11,<2.15"
+
+
 def sources(*parts):
     lines = (ROOT / "csrc/sources.txt").read_text().splitlines()
     rows = [line.split() for line in lines if line.strip() and not line.startswith("#")]
@@ -114,7 +118,7 @@ def extension_and_command():
                     "--no-build-isolation: pip install --no-build-isolation ."
                 )
 
-        return Extension("leaf_cuda._C", sources("core", "python")), BuildWithoutTorch
+        return Extension("leaf_cuda._C", sources("core", "python")), BuildWithoutTorch, SUPPORTED_TORCH
 
     settings = cuda_settings(torch)
     if settings:
@@ -126,11 +130,13 @@ def extension_and_command():
     cxx += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
     if settings:
         listed = settings[1].replace(" ", ";").replace(";", ",")
-        defines = [f"-DLEAF_CUDA_VERSION={torch.version.cuda}", f"-DLEAF_CUDA_ARCHITECTURES={listed}"]
         extension = cpp_extension.CUDAExtension(
             "leaf_cuda._C",
             sources("core", "cuda", "python"),
-            extra_compile_args={"cxx": cxx + defines, "nvcc": [standard, "-O3", "-Xcompiler", "-fvisibility=hidden"]},
+            extra_compile_args={
+                "cxx": [*cxx, f"-DLEAF_CUDA_ARCHITECTURES={listed}"],
+                "nvcc": [standard, "-O3", "-Xcompiler", "-fvisibility=hidden"],
+            },
         )
     else:
         extension = cpp_extension.CppExtension(
@@ -153,8 +159,8 @@ def extension_and_command():
             built = f"torch = {torch.__version__!r}\ncuda = {torch.version.cuda if settings else None!r}\n"
             Path(self.get_ext_fullpath("leaf_cuda._C")).with_name("_build.py").write_text(built)
 
-    return extension, Build
+    return extension, Build, f"torch=={'.'.join(torch.__version__.split('.')[:2])}.*"
 
 
-extension, command = extension_and_command()
-setup(ext_modules=[extension], cmdclass={"build_ext": command})
+extension, command, requirement = extension_and_command()
+setup(ext_modules=[extension], cmdclass={"build_ext": command}, install_requires=[requirement])

@@ -6,7 +6,12 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/headeronly/version.h>
 
+#include <string>
 #include <utility>
+
+#if defined(LEAF_CUDA_ARCHITECTURES)  // by setup.py, in a build with CUDA
+#include <cuda_runtime_api.h>
+#endif
 
 #include "cpu/cpu_capability.h"
 #include "leaf_ops.h"
@@ -98,8 +103,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #else
     info["openmp"] = false;
 #endif
-#if defined(LEAF_CUDA_VERSION)
-    info["cuda"] = LEAF_STRING(LEAF_CUDA_VERSION);
+#if defined(LEAF_CUDA_ARCHITECTURES)
+    info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
     info["cuda_architectures"] = LEAF_STRING(LEAF_CUDA_ARCHITECTURES);
 #else
     info["cuda"] = py::none();

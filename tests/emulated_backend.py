@@ -1,6 +1,7 @@
 """Builds the emulated CUDA backend (tests/emulation) and puts it in the place of leaf_cuda's CPU kernels."""
 
 import contextlib
+import fcntl
 from pathlib import Path
 
 import torch
@@ -18,15 +19,18 @@ def _load() -> None:
     build = ROOT / "build" / f"emulation-torch-{torch.__version__}"
     build.mkdir(parents=True, exist_ok=True)
     emulation = ROOT / "tests/emulation"
-    cpp_extension.load(
-        "leaf_cuda_emulated",
-        [str(emulation / "emulated_backend.cpp"), str(emulation / "cuda_emulation.cpp")]
-        + [str(ROOT / "csrc" / path) for path in SOURCES if not path.startswith("cpu/")],
-        extra_include_paths=[str(emulation / "include")],
-        extra_cflags=["-O2", "-g0", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-psabi"],
-        build_directory=str(build),
-        is_python_module=False,
-    )
+    with (build / "one-at-a-time").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # which ends with the process; torch's own lock, a file, would be waited for
+        (build / "lock").unlink(missing_ok=True)
+        cpp_extension.load(
+            "leaf_cuda_emulated",
+            [str(emulation / "emulated_backend.cpp"), str(emulation / "cuda_emulation.cpp")]
+            + [str(ROOT / "csrc" / path) for path in SOURCES if not path.startswith("cpu/")],
+            extra_include_paths=[str(emulation / "include")],
+            extra_cflags=["-O2", "-g0", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-psabi"],
+            build_directory=str(build),
+            is_python_module=False,
+        )
 
 
 _load()
