@@ -43,7 +43,7 @@ gpu-check:
 	$(MAKE) .venv-gpu/.dependencies VENV=.venv-gpu TORCH=$(GPU_TORCH)
 	.venv-gpu/bin/python benchmarks/gpu_check.py
 
-report: $(VENV)/.dependencies
+report: install
 	$(BIN)/python benchmarks/report.py
 
 install: $(VENV)/.installed

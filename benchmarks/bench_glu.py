@@ -8,12 +8,12 @@ rounds of two times in the same round.
 from __future__ import annotations
 
 import argparse
-import random
 import time
+from functools import partial
 from statistics import median
 
 import torch
-from bench_leaf import at_least, formula, parse, print_table, ratio, tqdm
+from bench_leaf import TOLERANCE, at_least, formula, interleaved, parse, print_table, ratio, tqdm
 
 import leaf_cuda
 
@@ -31,19 +31,37 @@ def plain_gate(a, b, *parameters):
 PROVIDERS = {"silu(a)·b": silu_gate, "plain formula·b": plain_gate, "leaf_glu": leaf_cuda.leaf_glu}
 
 
+def step(gate, packed, parameters, x, halves, g):
+    """A training step: gradients to None, y, y.backward(g); → y."""
+    for t in (x, *halves, *parameters):
+        t.grad = None
+    if not packed:
+        a, b = halves
+    elif gate is leaf_cuda.leaf_glu:
+        a, b = x, None
+    else:
+        a, b = x.chunk(2, -1)
+    y = gate(a, b, *parameters)
+    y.backward(g)
+    return y
+
+
+def verify(packed, parameters, x, halves, g) -> None:
+    """Raises if y and the gradients of leaf_glu are not the formula's."""
+
+    def results(gate):
+        y = step(gate, packed, parameters, x, halves, g)
+        return [y.detach(), *(t.grad for t in ([x] if packed else halves)), *(p.grad for p in parameters)]
+
+    for got, want in zip(results(leaf_cuda.leaf_glu), results(plain_gate), strict=True):
+        r = TOLERANCE[x.dtype]
+        torch.testing.assert_close(got, want, rtol=r, atol=r * (g.numel() / want.numel()) ** 0.5)
+
+
 def seconds(gate, packed, parameters, sets) -> float:
-    """A training step, per set: gradients to None, y, y.backward(g)."""
     start = time.perf_counter()
     for x, halves, g in sets:
-        for t in (x, *halves, *parameters):
-            t.grad = None
-        if not packed:
-            a, b = halves
-        elif gate is leaf_cuda.leaf_glu:
-            a, b = x, None
-        else:
-            a, b = x.chunk(2, -1)
-        gate(a, b, *parameters).backward(g)
+        step(gate, packed, parameters, x, halves, g)
     if g.is_cuda:
         torch.cuda.synchronize()
     return (time.perf_counter() - start) / len(sets)
@@ -68,14 +86,13 @@ def main() -> None:
             values = (1.0, 0.0, 1.0, 0.0)  # SiLU's form
             parameters = [torch.full((count,), v, device=args.device).requires_grad_() for v in values]
             for packed in (False, True):
+                verify(packed, parameters, *sets[0])
                 for name, gate in PROVIDERS.items():
-                    cases[name, count, packed] = (gate, packed, parameters, sets)
-        times = {case: [] for case in cases}
+                    cases[name, count, packed] = partial(seconds, gate, packed, parameters, sets)
         for case in cases.values():
-            seconds(*case)
-        for _ in tqdm(range(args.rounds), desc=str(dtype), unit="round", disable=None):
-            for case in random.sample(list(cases), len(cases)):
-                times[case].append(seconds(*cases[case]))
+            case()
+        with tqdm(total=args.rounds, desc=str(dtype), unit="round", disable=None) as progress:
+            times = interleaved(cases, args.rounds, progress)
         for (name, count, packed), own in times.items():
             others = ("silu(a)·b", "plain formula·b")
             ratios = ["" if other == name else ratio(own, times[other, count, packed]) for other in others]

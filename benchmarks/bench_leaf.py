@@ -14,8 +14,9 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from types import SimpleNamespace
@@ -294,17 +295,14 @@ def run_case(case: Case, args: argparse.Namespace, progress: tqdm) -> list[dict[
         for form in (1, 0, 1, 0)
     ]
     verify(case, buffers[0], parameters)
-    results, shuffle = [], random.Random(0).sample
+    results = []
     for phase, tensors in TENSORS_MOVED.items():
         providers = [p for p in FUNCTIONS if p != "copy" or phase == "forward"]
         benches = {p: Bench(p, phase, case, buffers, parameters) for p in providers}
         k = {p: bench.repetitions(0.02 if args.quick else 0.04) for p, bench in benches.items()}
-        seconds = {p: [] for p in providers}
         others, clock = other_seconds(args.device), time.monotonic()
-        for _ in range(args.rounds):
-            for p in shuffle(providers, len(providers)):
-                seconds[p].append(benches[p].sample(k[p]))
-            progress.update()
+        runs = {p: partial(bench.sample, k[p]) for p, bench in benches.items()}
+        seconds = interleaved(runs, args.rounds, progress)
         others = (other_seconds(args.device) - others) / (time.monotonic() - clock)
         results.append({})
         for p, times in seconds.items():
@@ -325,6 +323,16 @@ def run_case(case: Case, args: argparse.Namespace, progress: tqdm) -> list[dict[
                 other_cores=others,
             )
     return results
+
+
+def interleaved(runs: dict[Hashable, Callable[[], float]], rounds: int, progress: tqdm) -> dict[Hashable, list[float]]:
+    """What each run returns, its seconds, once in each round, in an order that is shuffled anew."""
+    seconds, shuffle = {name: [] for name in runs}, random.Random(0).sample
+    for _ in range(rounds):
+        for name in shuffle(list(runs), len(runs)):
+            seconds[name].append(runs[name]())
+        progress.update()
+    return seconds
 
 
 def memory(device: str) -> int:
@@ -361,11 +369,8 @@ def ratio(times: list[float], others: list[float]) -> str:
 
 def print_table(lines: list[list[str]], headers: list[str], what: str, args: argparse.Namespace) -> None:
     """The lines, what was measured, and where; to args.markdown too, if given."""
-    where = machine(args)
-    text = (
-        f"{tabulate(lines, headers, tablefmt='github', disable_numparse=True)}\n\n{what}; "
-        f"{where['gpu'] or where['cpu']}, {args.threads} threads, torch {where['torch']}, commit {where['commit']}\n"
-    )
+    rows = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    text = f"{rows}\n\n{what}\n\n{below_table(machine(args))}\n"
     print(text)
     if args.markdown:
         args.markdown.write_text(text)
@@ -470,7 +475,7 @@ def machine(args: argparse.Namespace) -> dict:
     }
 
 
-def below_table(m: dict, results: list[dict[str, Row]]) -> str:
+def below_table(m: dict, crowded: bool = False) -> str:
     build, malloc = m["leaf_cuda"], " ".join(f"{name}={value}" for name, value in m["malloc"].items())
     if m["gpu"]:
         parts = [m["gpu"], f"CUDA {build['cuda']}"]
@@ -478,7 +483,6 @@ def below_table(m: dict, results: list[dict[str, Row]]) -> str:
         parts = [m["cpu"], build["cpu_instruction_set"], f"{m['cores']} cores", f"{m['threads']} threads"]
         parts.append(malloc or "default malloc")
     parts += [f"torch {m['torch']}", f"leaf_cuda {build['version']}", f"commit {m['commit']}", m["date"]]
-    crowded = any(rows["fused"].crowded for rows in results)
     return ", ".join(parts) + "\n\n! measured while other processes wanted the same cores: do not trust it" * crowded
 
 
@@ -495,6 +499,10 @@ def table(results: list[dict[str, Row]], style: str) -> str:
     return tabulate(lines, headers, tablefmt=style, colalign=align, disable_numparse=True)
 
 
+def is_crowded(results: list[dict[str, Row]]) -> bool:
+    return any(rows["fused"].crowded for rows in results)
+
+
 def save(args: argparse.Namespace, where: dict, results: list[dict[str, Row]]) -> None:
     flat = [dataclasses.asdict(row) for rows in results for row in rows.values()]
     if args.json:
@@ -505,7 +513,7 @@ def save(args: argparse.Namespace, where: dict, results: list[dict[str, Row]]) -
             writer.writeheader()
             writer.writerows(flat)
     if args.markdown:
-        args.markdown.write_text(f"{table(results, 'github')}\n\n{below_table(where, results)}\n")
+        args.markdown.write_text(f"{table(results, 'github')}\n\n{below_table(where, is_crowded(results))}\n")
 
 
 def arguments() -> argparse.Namespace:
@@ -547,7 +555,7 @@ def main() -> None:
             progress.set_description(str(case))
             results += run_case(dataclasses.replace(case, threads=case.threads or args.threads), args, progress)
             save(args, where, results)  # now, for a run may be cut short
-    print(table(results, "simple"), below_table(where, results), sep="\n\n")
+    print(table(results, "simple"), below_table(where, is_crowded(results)), sep="\n\n")
     if args.plot:
         import plots
 

@@ -8,14 +8,14 @@ network once, in shuffled order; a ratio is the median over the rounds of two ti
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import time
+from functools import partial
 from statistics import median
 
 import torch
 import torch._inductor.config
-from bench_leaf import AuthorsWay, at_least, formula, parse, print_table, ratio, tqdm
+from bench_leaf import AuthorsWay, at_least, formula, interleaved, parse, print_table, ratio, tqdm
 from torch import nn
 
 from leaf_cuda import LEAF
@@ -110,11 +110,8 @@ def main() -> None:
             for name, loss in losses.items():  # the same weights, and SiLU's form
                 if name != "ReLU" and abs(loss - losses["SiLU"]) > 1e-4 * losses["SiLU"]:
                     sys.exit(f"{network.__name__}, {name}: loss {loss}, but {losses['SiLU']} with SiLU")
-            seconds = {name: [] for name in trainings}
-            for _ in range(args.rounds):
-                for name in random.sample(list(trainings), len(trainings)):
-                    seconds[name].append(trainings[name].seconds(args.iterations))
-                progress.update()
+            runs = {name: partial(training.seconds, args.iterations) for name, training in trainings.items()}
+            seconds = interleaved(runs, args.rounds, progress)
             for name, times in seconds.items():
                 eager = name.removesuffix(", compiled")
                 ratios = ["" if other == name else ratio(times, seconds[other]) for other in ("SiLU", eager)]

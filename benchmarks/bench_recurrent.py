@@ -7,12 +7,12 @@ Each round runs every layer once, in shuffled order; a ratio is the median over 
 from __future__ import annotations
 
 import argparse
-import random
 import time
+from functools import partial
 from statistics import median
 
 import torch
-from bench_leaf import at_least, parse, print_table, ratio, tqdm
+from bench_leaf import TOLERANCE, at_least, interleaved, parse, print_table, ratio, tqdm
 from torch import nn
 
 from leaf_cuda import reference
@@ -22,12 +22,8 @@ from leaf_cuda.nn import LeafGRU, LeafLSTM
 class Eager:
     """The formula of a layer's step in eager operations, step by step."""
 
-    def _run(self, suffix, x, states, batch_sizes, reverse):
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        h, c = states if len(states) == 2 else (*states, None)
-        leaf = getattr(self, "leaf" + suffix)
-        weights = [getattr(self, name + suffix, None) for name in names]
-        return reference.recurrent(x, h, c, *weights, leaf.p1, leaf.p2, leaf.p3, leaf.p4, batch_sizes, reverse)
+    def _compute(self, tensors, batch_sizes, reverse):
+        return reference.recurrent(*tensors.values(), batch_sizes, reverse)
 
 
 class EagerLSTM(Eager, LeafLSTM):
@@ -51,6 +47,19 @@ def seconds(layer, x) -> float:
     return time.perf_counter() - start
 
 
+def verify(fused, eager, x) -> None:
+    """Raises if the fused layer's output and gradients are not the eager one's, which takes its parameters."""
+    eager.load_state_dict(fused.state_dict())
+
+    def results(layer):
+        y = layer(x)[0]
+        return [y.detach(), *torch.autograd.grad(y.sum(), list(layer.parameters()))]
+
+    for got, want in zip(results(fused), results(eager), strict=True):
+        r = TOLERANCE[x.dtype]
+        torch.testing.assert_close(got, want, rtol=r, atol=r * (x.numel() / x.size(-1)) ** 0.5)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--features", type=at_least(1), default=128, help="of x")
@@ -68,12 +77,13 @@ def main() -> None:
             f"Leaf{kind}, per unit": fused(args.features, args.hidden, per_unit=True),
             "eager operations": eager(args.features, args.hidden),
         }
-        times = {name: [] for name in layers}
         for layer in layers.values():
             seconds(layer.to(args.device), x)
-        for _ in tqdm(range(args.rounds), desc=kind, unit="round", disable=None):
-            for name in random.sample(list(layers), len(layers)):
-                times[name].append(seconds(layers[name], x))
+        verify(layers[f"Leaf{kind}"], layers["eager operations"], x)
+        with tqdm(total=args.rounds, desc=kind, unit="round", disable=None) as progress:
+            times = interleaved(
+                {name: partial(seconds, layer, x) for name, layer in layers.items()}, args.rounds, progress
+            )
         others = (f"nn.{kind}", "eager operations")
         for name, own in times.items():
             ratios = ["" if other == name else ratio(own, times[other]) for other in others]

@@ -28,7 +28,7 @@ LIMIT_SECONDS = 540
 TEST_PROCESSES = 8
 
 MORE_BENCHMARKS = ("glu", "recurrent")
-RESULT_FILES = {"csv": "benchmark.csv", "json": "benchmark.json", "markdown": "table.md"}
+RESULT_FILES = {"csv": "full.csv", "json": "full.json", "markdown": "full.md"}
 
 # A few tests that reach each CUDA kernel; the checkers slow kernels down a hundredfold.
 CHECKED_TESTS = [f"tests/test_{name}.py" for name in ("golden", "double_backward", "glu", "recurrent")]

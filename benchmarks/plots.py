@@ -1,6 +1,6 @@
 """Figures of a benchmark's rows: the ratio to SiLU by case, and, of a sweep, time and bandwidth by size.
 
-python benchmarks/plots.py benchmark.json folder
+python benchmarks/plots.py full.json folder
 """
 
 import json

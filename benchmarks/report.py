@@ -1,6 +1,6 @@
-"""Writes the README's tables: the benchmark's, from benchmarks/results/<device>/table.md (bench_leaf.py --markdown), and
-that of features, from tests/features/*.json (pytest --features tests/features); and the figures, from full.json and
-sweep*.json, one run or more, beside the table (bench_leaf.py --json)."""
+"""Writes the README's tables: the benchmark's, from benchmarks/results/<machine>/full.json (bench_leaf.py --json), and that
+of features, from tests/features/*.json (pytest --features tests/features); and the figures beside full.json, from that
+and sweep*.json, one run or more."""
 
 import json
 import re
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import plots
+from bench_leaf import Case, cases
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,11 +25,34 @@ def read(path: Path, *keys: str) -> list:
         sys.exit(f"{path} cannot be read ({type(error).__name__}: {error}); nothing was written")
 
 
-def section(name: str) -> str:
-    tables = sorted(RESULTS.glob(f"{name}*/table.md"))
-    if not tables:
-        return f"No results of a {name.upper()} run are in `benchmarks/results/` yet, so none are shown.\n"
-    return "\n".join(table.read_text() for table in tables)
+def rows_of(case: Case, rows: list[dict]) -> dict[tuple[str, str], dict]:
+    """(phase, provider) → its row."""
+    fields = json.loads(json.dumps({**vars(case), "threads": None}, default=str))
+    return {(row["phase"], row["provider"]): row for row in rows if {**row, **fields, "threads": row["threads"]} == row}
+
+
+def section(device: str) -> str:
+    """A row for each machine and quick case: fused LEAF's time, and its ratios to others'."""
+    files = sorted(RESULTS.glob(f"{device}*/full.json"))
+    if not files:
+        return f"No results of a {device.upper()} run are in `benchmarks/results/` yet, so none are shown.\n"
+    lines = []
+    for file in files:
+        rows = read(file, "rows")[0]
+        for case in cases(device, quick=True):
+            found = rows_of(case, rows)
+            over = [
+                ("forward", "silu"),
+                ("backward", "silu"),
+                *(("both", p) for p in ("silu", "compile", "plain", "authors")),
+            ]
+            ratios = [f"{1 / found[key]['over_fused']:.2f}" if key in found else "" for key in over]
+            machine = f"[{file.parent.name}]({file.with_suffix('.md').relative_to(ROOT)})"
+            lines.append([machine, *case.labels(), f"{found['both', 'fused']['median_ms']:.3g}", *ratios])
+    headers = ["machine", "u", "parameters", "ms", "forward/silu", "backward/silu", "both/silu"]
+    headers += [f"both/{p}" for p in ("compile", "plain", "authors")]
+    align = ["left"] * 3 + ["right"] * (len(headers) - 3)
+    return tabulate(lines, headers, tablefmt="github", colalign=align, disable_numparse=True) + "\n"
 
 
 def cell(counts: dict[str, int] | None) -> str:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from .fixed_activations import FIXED, Form, module_type
 from .functional import arithmetic_dtype
-from .modules import AHAF, LEAF, LearnableActivation, size_of
+from .modules import AHAF, LEAF, LearnableActivation, check_model, size_of
 from .optim import split_activation_parameters
 from .recurrent import Recurrent
 from .tracing import called_name, calls_of, modes_of, set_modes, trace, with_forward
@@ -161,8 +161,7 @@ _OPTIONS = ("init_as", "kind", "granularity", "channel_dim")
 
 def _check(model, defaults: dict, rules: Mapping) -> dict[str | type, dict | None]:
     """The rules with each form as a dict of options; raises for arguments that are wrong."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is of type {type(model).__name__}; it takes a torch.nn.Module")
+    check_model(model)
     wrappers = (DistributedDataParallel,)
     if torch.distributed.is_available():
         from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel

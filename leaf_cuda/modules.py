@@ -75,6 +75,12 @@ def size_of(granularity: str, shape: tuple[int, ...], channel: int = 0) -> tuple
     return channels if granularity == "channel" else shape
 
 
+def check_model(model) -> None:
+    """Raises TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is of type {type(model).__name__}; it takes a torch.nn.Module")
+
+
 def has_parameters_but_leaf(module: nn.Module, state_dict: dict, prefix: str) -> bool:
     """Whether a state dict has every parameter of the module that is not of a LEAF in it."""
     of_leaf = {p for child in module.modules() if isinstance(child, LearnableActivation) for p in child.parameters()}

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .modules import LearnableActivation
+from .modules import LearnableActivation, check_model
 
 
 def _activation_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
     """The parameters of every LEAF and AHAF and the names they have there: "p2", or "parametrizations.p2.original"."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is of type {type(model).__name__}; it takes a torch.nn.Module")
+    check_model(model)
     names = {}
     for module in model.modules():
         if isinstance(module, LearnableActivation):

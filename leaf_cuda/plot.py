@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import leaf
-from .modules import LearnableActivation, _form
+from .modules import LearnableActivation, _form, check_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,8 +46,7 @@ def plot_forms(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(f"plot_forms takes matplotlib: pip install matplotlib ({error})") from error
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is of type {type(model).__name__}; it takes a torch.nn.Module")
+    check_model(model)
     layers = {
         (name or type(module).__name__) + of_part: (form, parameters)
         for name, module in model.named_modules()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-import leaf_cuda  # noqa: F401  registers the operators first, so that the emulation's copy of them steps back
+from leaf_cuda import _ops  # registers the operators first, so that the emulation's copy of them steps back
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [line.split()[1] for line in (ROOT / "csrc/sources.txt").read_text().splitlines() if line.startswith("core")]
@@ -45,16 +45,7 @@ def configure(blocks="ascending", threads="ascending", seed=0, multiprocessors=2
 def installed():
     """Within it torch.ops.leaf_cuda runs the emulated CUDA kernels on CPU tensors."""
     library = torch.library.Library("leaf_cuda", "IMPL")
-    for name in (
-        "forward",
-        "backward",
-        "double_backward",
-        "glu_forward",
-        "glu_backward",
-        "recurrent_forward",
-        "recurrent_backward",
-    ):
-        name = f"leaf_{name}"
+    for name in (name for name in vars(_ops) if name.startswith("leaf_")):
         emulated = getattr(torch.ops.leaf_cuda_emulated, name).default
         library.impl(name, emulated, "CPU", allow_override=True)
     try:
