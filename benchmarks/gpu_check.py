@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_check.py [--results FOLDER] [--quick]
 
-Builds in place for the GPU present, with the torch, ninja and pytest of this Python and without network; runs the tests
-that are neither slow nor emulated, compute-sanitizer's memcheck and racecheck on a few of them, and the benchmark; writes
-one folder of results. The last lines say what was run, what failed and what could not be run. Exit code: 0 nothing
+Builds in place for the GPU present, with the torch, ninja, numpy and pytest of this Python and without network; runs the
+tests that are neither slow nor emulated, the benchmarks, and compute-sanitizer's memcheck and racecheck on a few tests;
+writes one folder of results. The last lines say what was run, what failed and what could not be run. Exit code: 0 nothing
 failed, 1 something did, 3 no GPU.
 """
 
@@ -24,10 +24,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = 3
+NO_TESTS = 5  # pytest's exit code for a file that has none of those asked for
 LIMIT_SECONDS = 540
+LEAST_SECONDS = 10  # with less left, a step is not begun
 TEST_PROCESSES = 8
 
-MORE_BENCHMARKS = ("glu", "recurrent")
+# With so many rows that a step takes a GPU longer than Python takes for it.
+MORE_BENCHMARKS = {"glu": ["--rows", "65536"], "recurrent": []}
 RESULT_FILES = {"csv": "full.csv", "json": "full.json", "markdown": "full.md"}
 
 # A few tests that reach each CUDA kernel; the checkers slow kernels down a hundredfold.
@@ -47,52 +50,71 @@ def gpu_name() -> str | None:
 
 
 class Run:
-    """Runs the steps, each with a log in the results' folder, and keeps what became of them."""
+    """Runs the steps, each with a log, and keeps what became of them."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.logs = folder / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
         self.started = time.monotonic()
         self.outcomes: dict[str, str] = {}
         self.missing: set[str] = set()
         self.environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
-    def step(self, name: str, *commands: list[str], seconds: int, **environment: str) -> bool:
-        """Runs the commands at the same time."""
+    def step(
+        self,
+        name: str,
+        commands: dict[str, list[str]],
+        seconds: float,
+        at_once: int = 1,
+        good_codes: tuple[int, ...] = (0,),
+        **environment: str,
+    ) -> bool:
+        """Runs the commands, each with a log of its name, so many at a time."""
         seconds = min(seconds, LIMIT_SECONDS - (time.monotonic() - self.started))
-        if seconds < 10:
+        if seconds < LEAST_SECONDS:
             self.outcomes[name] = "NOT RUN: no time left"
             return False
         print(f"gpu-check: {name} ...", flush=True)
         begin = time.monotonic()
-        processes, outcomes = [], []
+        waiting, running, outcomes = list(commands.items()), {}, []
         try:
-            for command, log in zip(commands, self.logs(name, len(commands)), strict=True):
-                with log.open("w") as out:
-                    process = subprocess.Popen(
-                        command,
-                        cwd=ROOT,
-                        env={**self.environment, **environment},
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                processes.append((process, log.name))
-            for process, log in processes:
-                try:
-                    if code := process.wait(max(0, begin + seconds - time.monotonic())):
-                        outcomes.append(f"FAILED with exit code {code}, see {log}")
-                except subprocess.TimeoutExpired:
-                    outcomes.append(f"STOPPED after {seconds:.0f} s, see {log}")
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    log, command = waiting.pop(0)
+                    running[log] = self.start(log, command, environment)
+                for log, process in list(running.items()):
+                    if process.poll() is not None:
+                        self.end(running.pop(log))
+                        if process.returncode not in good_codes:
+                            outcomes.append(f"FAILED with exit code {process.returncode}, see {log}.log")
+                if time.monotonic() > begin + seconds:
+                    late = ", ".join([*running, *dict(waiting)])
+                    outcomes += [f"STOPPED after {seconds:.0f} s: {late}"] if late else []
+                    break
+                time.sleep(0.05)
         finally:
-            for process, _ in processes:  # with what they started: it would disturb the next step
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            for process in running.values():
+                self.end(process)
         self.outcomes[name] = f"{'; '.join(outcomes) or 'ok'} ({time.monotonic() - begin:.0f} s)"
         return not outcomes
 
-    def logs(self, name: str, count: int) -> list[Path]:
-        return [self.folder / (f"{name}.log" if count == 1 else f"{name}-{k + 1}.log") for k in range(count)]
+    def start(self, log: str, command: list[str], environment: dict[str, str]) -> subprocess.Popen:
+        with (self.logs / f"{log}.log").open("w") as out:
+            return subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**self.environment, **environment},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @staticmethod
+    def end(process: subprocess.Popen) -> None:
+        """With what it started, which would disturb the next step."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
     def skip(self, name: str, reason: str) -> None:
         self.outcomes[name] = f"NOT RUN: {reason}"
@@ -103,14 +125,20 @@ class Run:
         self.missing.add(name)
 
 
-def test_commands(run: Run) -> list[list[str]]:
-    """The tests in processes that run at the same time, the longest files in different ones."""
+def test_commands(folder: Path) -> dict[str, list[str]]:
+    """A process for each file of tests, by name; the large files first."""
     files = sorted(ROOT.glob("tests/test_*.py"), key=lambda path: path.stat().st_size, reverse=True)
     pytest = [sys.executable, "-m", "pytest", "-m", "not slow and not emulated", "-p", "no:cacheprovider"]
-    return [
-        [*pytest, f"--junitxml={log.with_suffix('.xml')}", *map(str, files[k::TEST_PROCESSES])]
-        for k, log in enumerate(run.logs("tests", TEST_PROCESSES))
-    ]
+    return {file.stem: [*pytest, f"--junitxml={folder / file.stem}.xml", str(file)] for file in files}
+
+
+def commit() -> str:
+    """Of the checkout, where there is one, and git."""
+    with contextlib.suppress(OSError):
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        if head:
+            return head
+    return "unknown: not a git checkout, or no git"
 
 
 def last_line(log: Path) -> str:
@@ -138,49 +166,60 @@ def main() -> int:
 
     folder = (options.results or ROOT / "benchmarks/results" / re.sub(r"\W+", "-", f"cuda {device}").lower()).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     machine = {
         "device": device,
         "capability": "{}.{}".format(*torch.cuda.get_device_capability()),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "commit": commit or "unknown: not a git checkout",
+        "commit": commit(),
     }
     (folder / "machine.json").write_text(json.dumps(machine, indent=1) + "\n")
 
     run = Run(folder)
     python = sys.executable
     run.environment["FORCE_CUDA"] = "1"
-    if run.step("build", [python, "setup.py", "build_ext", "--inplace"], seconds=300):
-        run.step("tests", *test_commands(run), seconds=240, OMP_NUM_THREADS=str(os.cpu_count() // TEST_PROCESSES or 1))
+    tests = test_commands(run.logs)
+    full = folder / RESULT_FILES["json"]
+    full.unlink(missing_ok=True)  # of an earlier run
+    build = [python, "setup.py", "build_ext", "--inplace"]
+    if run.step("build", {"build": build}, seconds=300, NVCC_APPEND_FLAGS="-lineinfo"):  # for compute-sanitizer
+        threads = str(os.cpu_count() // TEST_PROCESSES or 1)
+        codes = (0, NO_TESTS)
+        run.step("tests", tests, seconds=180, at_once=TEST_PROCESSES, good_codes=codes, OMP_NUM_THREADS=threads)
+        # Few rounds, since a GPU's times vary little: most of the time is torch.compile's.
+        bench = [python, "benchmarks/bench_leaf.py", "--device", "cuda", "--rounds", "5"]
+        bench += ["--quick"] if options.quick else []
+        bench += [f"--{kind}={folder / name}" for kind, name in RESULT_FILES.items()]
+        run.step("benchmark", {"benchmark": bench}, seconds=240)
+        if not full.exists():  # it is written after each case
+            run.skip("plots", "the benchmark has no results")
+        elif importlib.util.find_spec("matplotlib"):
+            run.step("plots", {"plots": [python, "benchmarks/plots.py", str(full), str(folder)]}, seconds=60)
+        else:
+            run.lacks("plots", f"matplotlib is missing; `plots.py {full.name} .` makes them elsewhere")
+        for name, own in MORE_BENCHMARKS.items():
+            table = ["--device", "cuda", "--rounds", "7", f"--markdown={folder / name}.md", *own]
+            run.step(name, {name: [python, f"benchmarks/bench_{name}.py", *table]}, seconds=60)
         checker = shutil.which("compute-sanitizer")
         for tool in ("memcheck", "racecheck"):
             if checker is None:
                 run.lacks(tool, "compute-sanitizer is not on PATH")
                 continue
-            command = [checker, "--tool", tool, "--error-exitcode", "9", python, "-m", "pytest", "-x", *CHECKED_TESTS]
+            check = [checker, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=9leaf_cuda"]
             # Torch's own allocator cuts tensors from large pieces: what is written past one would be in another.
-            run.step(tool, command, seconds=90, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        quick = ["--quick"] if options.quick else []
-        files = [f"--{kind}={folder / name}" for kind, name in RESULT_FILES.items()]
-        if run.step("benchmark", [python, "benchmarks/bench_leaf.py", "--device", "cuda", *quick, *files], seconds=300):
-            if importlib.util.find_spec("matplotlib"):
-                plots = [python, "benchmarks/plots.py", str(folder / RESULT_FILES["json"]), str(folder)]
-                run.step("plots", plots, seconds=60)
-            else:
-                run.lacks("plots", f"matplotlib is missing; `plots.py {RESULT_FILES['json']} .` makes them elsewhere")
-        else:
-            run.skip("plots", "the benchmark failed")
-        for name in MORE_BENCHMARKS:
-            table = ["--device", "cuda", "--rounds", "11", f"--markdown={folder / name}.md"]
-            run.step(name, [python, f"benchmarks/bench_{name}.py", *table], seconds=60)
+            run.step(
+                tool,
+                {tool: [*check, python, "-m", "pytest", "-x", *CHECKED_TESTS]},
+                seconds=90,
+                PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+            )
     else:
-        for name in ("tests", "memcheck", "racecheck", "benchmark", "plots", *MORE_BENCHMARKS):
+        for name in ("tests", "benchmark", "plots", *MORE_BENCHMARKS, "memcheck", "racecheck"):
             run.skip(name, "the build failed")
 
     summary = [f"{name}: {outcome}" for name, outcome in run.outcomes.items()]
-    summary += [f"{log.stem}: {last_line(log)}" for log in run.logs("tests", TEST_PROCESSES)]
+    summary += [f"{name}: {last_line(run.logs / f'{name}.log')}" for name in tests]
     (folder / "summary.txt").write_text("\n".join(summary) + "\n")
     print(
         f"\ngpu-check on {device}, commit {machine['commit'][:12]}, {time.monotonic() - run.started:.0f} s, in {folder}"

@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from .fixed_activations import FIXED, Form, module_type
+from ._types import Form
+from .fixed_activations import FIXED, module_type
 from .functional import arithmetic_dtype
 from .modules import AHAF, LEAF, LearnableActivation, check_model, size_of
 from .optim import split_activation_parameters

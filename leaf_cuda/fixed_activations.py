@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-Form = str | tuple
+from ._types import Form
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ _MODULE_OF = {call: kind for kind, fixed in FIXED.items() for call in (*fixed.ca
 _IN_PLACE = {call for fixed in FIXED.values() for call in fixed.in_place}
 
 
-def module_type(call) -> type[nn.Module] | None:
+def module_type(call: Callable | str) -> type[nn.Module] | None:
     """The class of modules that computes what a function, or a Tensor method of that name, does."""
     try:
         return _MODULE_OF.get(call)

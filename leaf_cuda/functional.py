@@ -90,7 +90,9 @@ def _as_tensors(function: str, inputs: dict[str, Tensor | None], parameters: tup
     return tensors
 
 
-def leaf(u: Tensor, p1, p2, p3, p4) -> Tensor:
+def leaf(
+    u: Tensor, p1: Tensor | float, p2: Tensor | float | None, p3: Tensor | float, p4: Tensor | float | None
+) -> Tensor:
     """The Learnable Extended Activation Function, y = (p1·u + p2)·σ(p3·u) + p4.
 
     Bodyanskiy & Kostiuk 2023, doi 10.47839/ijc.22.3.3225. Forward and backward are one fused pass each.
@@ -146,7 +148,14 @@ def run_reference(function: str, operator, formula, tensors: dict[str, Tensor | 
     return formula(*arguments)
 
 
-def leaf_glu(a: Tensor, b: Tensor | None, p1, p2, p3, p4) -> Tensor:
+def leaf_glu(
+    a: Tensor,
+    b: Tensor | None,
+    p1: Tensor | float,
+    p2: Tensor | float | None,
+    p3: Tensor | float,
+    p4: Tensor | float | None,
+) -> Tensor:
     """The gated linear unit with LEAF as its gate's activation, y = leaf(a; p1, p2, p3, p4)·b.
 
     With the parameters of SiLU, (1, 0, 1, 0), it is SwiGLU; with ReLU's ReGLU, with Sigmoid's the GLU of Dauphin et al.
@@ -181,7 +190,7 @@ def leaf_glu(a: Tensor, b: Tensor | None, p1, p2, p3, p4) -> Tensor:
     return _ops.leaf_glu_forward(*tensors.values())
 
 
-def ahaf(u: Tensor, beta, gamma) -> Tensor:
+def ahaf(u: Tensor, beta: Tensor | float, gamma: Tensor | float) -> Tensor:
     """The Adaptive Hybrid Activation Function, y = β·u·σ(γ·u): LEAF with p1 = β, p3 = γ and p2 = p4 = 0.
 
     Bodyanskiy & Kostiuk 2022, doi 10.20535/srit.2308-8893.2022.1.07. Arguments and errors as :func:`leaf`'s.

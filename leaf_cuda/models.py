@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from .modules import LearnableActivation, size_of
 MakeActivation = Callable[[tuple[int, ...]], nn.Module]
 
 
-def activation(kind: type[nn.Module], granularity: str = "element", **options) -> MakeActivation:
+def activation(kind: type[nn.Module], granularity: str = "element", **options: Any) -> MakeActivation:
     """How a network makes its activations: ``LeNet5(conv=activation(LEAF, "channel", init_as="SiLU"))``.
 
     Args:

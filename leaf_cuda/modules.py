@@ -6,11 +6,14 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ._ops import PARAMETERS
+from ._types import Device, Form, Size
 from .functional import ahaf, arithmetic_dtype, leaf, stacklevel_of_caller
 
 #: The initial forms (p1, p2, p3, p4) of the authors, and two more of the same family.
@@ -75,7 +78,7 @@ def size_of(granularity: str, shape: tuple[int, ...], channel: int = 0) -> tuple
     return channels if granularity == "channel" else shape
 
 
-def check_model(model) -> None:
+def check_model(model: nn.Module) -> None:
     """Raises TypeError for what is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is of type {type(model).__name__}; it takes a torch.nn.Module")
@@ -107,7 +110,7 @@ class ModuleParameter:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, module: nn.Module | None, owner: type):
+    def __get__(self, module: nn.Module | None, owner: type) -> nn.Parameter:
         if module is None:
             return self
         try:
@@ -134,7 +137,15 @@ class LearnableActivation(nn.Module):
             return torch.full(self.size, values[0], **like)
         return torch.stack([torch.full(self.size[1:], value, **like) for value in values])
 
-    def __init__(self, *, size=(1,), init_as="ReLU", device=None, dtype=None, keep_float32: bool = True):
+    def __init__(
+        self,
+        *,
+        size: Size = (1,),
+        init_as: Form = "ReLU",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        keep_float32: bool = True,
+    ):
         super().__init__()
         self.size = _size(size)
         self.init_as = init_as
@@ -154,12 +165,12 @@ class LearnableActivation(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def per_layer(cls, **kwargs):
+    def per_layer(cls, **kwargs: Any) -> Self:
         """One set of parameters for the whole layer, of shape (1,)."""
         return cls(size=(1,), **kwargs)
 
     @classmethod
-    def per_channel(cls, num_channels: int, spatial_dims: int = 2, **kwargs):
+    def per_channel(cls, num_channels: int, spatial_dims: int = 2, **kwargs: Any) -> Self:
         """One set per channel, of shape (num_channels, 1, ...) with a 1 for each spatial dimension behind the channels.
 
         ``spatial_dims=2`` is for (N, C, H, W), in either memory format; 0 for (N, C), (N, L, C) and (N, H, W, C).
@@ -169,7 +180,7 @@ class LearnableActivation(nn.Module):
         return cls(size=(num_channels,) + (1,) * spatial_dims, **kwargs)
 
     @classmethod
-    def per_element(cls, shape, **kwargs):
+    def per_element(cls, shape: Size, **kwargs: Any) -> Self:
         """One set per element of the activation map, whose shape, without the batch, is ``shape``."""
         return cls(size=shape, **kwargs)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
+from ._types import Device, Form, Size
 from .functional import arithmetic_dtype, leaf_glu
 from .modules import FourParameters, has_parameters_but_leaf
 from .recurrent import CellLEAF, LeafGRU, LeafGRUCell, LeafLSTM, LeafLSTMCell
@@ -19,7 +23,7 @@ class LeafGLU(FourParameters):
     for one set of parameters, (H,) for one per feature.
     """
 
-    def __init__(self, *, init_as="SiLU", **kwargs):
+    def __init__(self, *, init_as: Form = "SiLU", **kwargs: Any):
         super().__init__(init_as=init_as, **kwargs)
 
     def forward(self, a: Tensor, b: Tensor | None = None) -> Tensor:
@@ -50,11 +54,11 @@ class LeafMLP(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         *,
-        size=(1,),
-        init_as="SiLU",
+        size: Size = (1,),
+        init_as: Form = "SiLU",
         bias: bool = False,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         like = {"bias": bias, "device": device, "dtype": dtype}

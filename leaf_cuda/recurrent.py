@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _ops, reference
+from ._types import Device
 from .functional import arithmetic_dtype, run_reference, runs_reference
 from .modules import FORMS, LearnableActivation, has_parameters_but_leaf
+
+#: (h, c) of an LSTM, h of a GRU.
+State = Tensor | tuple[Tensor, Tensor]
 
 
 class CellLEAF(LearnableActivation):
@@ -21,7 +27,7 @@ class CellLEAF(LearnableActivation):
     layers compute with the parameters; the module itself is not called.
     """
 
-    def __init__(self, forms: dict[str, str], hidden_size: int, per_unit: bool, **kwargs):
+    def __init__(self, forms: dict[str, str], hidden_size: int, per_unit: bool, **kwargs: Any):
         self.forms = forms
         super().__init__(size=(len(forms), hidden_size if per_unit else 1), init_as=tuple(forms.values()), **kwargs)
 
@@ -144,12 +150,19 @@ class Recurrent(nn.Module):
 
 class _Cell(Recurrent):
     def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, *, per_unit: bool = False, device=None, dtype=None
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        *,
+        per_unit: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(input_size, hidden_size, bias, device=device, dtype=dtype)
         self._add_leaf("leaf", self.weight_hh, per_unit)
 
-    def forward(self, input: Tensor, hx=None):
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
         if not isinstance(input, Tensor):
             self._fail(TypeError, f"input is of type {type(input).__name__}; it takes a tensor")
         if input.dim() not in (1, 2):
@@ -178,8 +191,8 @@ class _Layers(Recurrent, nn.RNNBase):
         bidirectional: bool = False,
         *,
         per_unit: bool = False,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ):
         like = {"device": device, "dtype": dtype}
         super().__init__(
@@ -201,7 +214,7 @@ class _Layers(Recurrent, nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Nothing: there is no cuDNN to lay the weights out for."""
 
-    def forward(self, input: Tensor | PackedSequence, hx=None):
+    def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
         packed = isinstance(input, PackedSequence)
         x, batch_sizes, sorted_indices, unsorted_indices = input if packed else (input, None, None, None)
         if not isinstance(x, Tensor):

@@ -13,7 +13,7 @@ from leaf_cuda import _ops, functional
 #: The README's table: a feature → its tests, as a regular expression.
 FEATURES = {
     "`torch.autograd`: gradients, of any subset": r"test_gradcheck.*(granularities|forms)|subsets_that_require",
-    "gradients of gradients": r"test_gradcheck.*(second|third)_order|test_double_backward|gradient_penalty",
+    "double backward (second-order gradients)": r"test_gradcheck.*(second|third)_order|test_double_backward|gradient_penalty",
     "forward mode: `forward_ad`, `jvp`, `jacfwd`, nested": r"test_forward_mode|test_forward_transforms",
     "`torch.func`: `grad`, `vjp`, `jacrev`, `functional_call`": r"test_func.*(test_transforms|test_ensemble)",
     "`vmap` over u and parameters, with `grad` inside and outside": r"test_func.*vmap",

@@ -416,8 +416,8 @@ def test_autocast_and_half(device, half):
 
 
 def test_functional_call_and_training(device):
-    mlp = LeafMLP(8, 24, size=(24,), device=device)
-    x, target = torch.randn(32, 8, device=device), torch.randn(32, 8, device=device)
+    mlp = LeafMLP(8, 24, size=(24,)).to(device)
+    x, target = torch.randn(32, 8).to(device), torch.randn(32, 8).to(device)
     y = functional_call(mlp, dict(mlp.named_parameters()), (x,))
     assert torch.equal(y, mlp(x))
     optimizer = torch.optim.Adam(mlp.parameters(), lr=1e-2)

@@ -330,7 +330,7 @@ def test_copies(kind, make):
 @pytest.mark.parametrize("optimizer, rate", [(torch.optim.SGD, 0.5), (torch.optim.Adam, 0.02)])
 def test_training_reduces_the_loss(device, kind, optimizer, rate):
     """By the activation's parameters alone."""
-    u = torch.randn(256, 8, device=device)
+    u = torch.randn(256, 8).to(device)
     target = F.silu(1.7 * u)
     module = kind(size=(8,), init_as="SiLU", device=device)
     steps = optimizer(module.parameters(), lr=rate)

@@ -1,6 +1,7 @@
 """The registered operators, and what stands around them: autograd, torch.compile, the fallback."""
 
 import itertools
+import os
 import subprocess
 import sys
 import warnings
@@ -430,7 +431,7 @@ assert leaf_cuda.build_info()["cpu_instruction_set"] == {expected!r}
 sys.exit(pytest.main(["-q", "-x", "-m", "not slow and not emulated and not cuda", "test_{file}.py"]))
 """
     # From the tests' folder: the root has leaf_cuda's source, without a build.
-    environment = {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": ":".join(p for p in sys.path if p)}
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": ":".join(p for p in sys.path if p)}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, cwd=Path(__file__).parent, capture_output=True, text=True
     )

@@ -684,7 +684,7 @@ def test_training_and_optim(device):
     optimizer, losses = torch.optim.Adam(groups), []
     before = [p.clone() for p in activations]
     for _ in range(150):
-        x = torch.randint(0, 2, (8, 32, 2), device=device).float()
+        x = torch.randint(0, 2, (8, 32, 2)).to(device).float()
         target = x[:, :, 0].cumsum(0) % 2
         loss = F.binary_cross_entropy_with_logits(model["head"](model["rnn"](x)[0])[..., 0], target)
         optimizer.zero_grad()

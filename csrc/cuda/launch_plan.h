@@ -15,7 +15,6 @@ namespace leaf_cuda::cuda {
 
 constexpr int kMaxThreads = 256;
 constexpr int kWarp = 32;
-constexpr int64_t kMaxGridX = (int64_t{1} << 31) - 1;
 constexpr int64_t kMaxGridY = 65535;
 // Beyond so many times the blocks that a device holds, blocks take several items each.
 constexpr int64_t kMaxWaves = 64;

@@ -1,7 +1,6 @@
-// The CUDA backend: device, stream and workspace for the kernels of leaf_kernels_*.cu.
+// The CUDA backend: device and stream for the kernels of leaf_kernels_*.cu.
 #include "leaf_kernels.h"
 
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -20,13 +19,8 @@ int64_t multiprocessors_of_current_device() {
 
 void run(const Args& args, const Tensor& u) {
   const c10::cuda::CUDAGuard guard(u.device());
-  Tensor workspace;
-  const auto allocate = [&](int64_t bytes) {
-    workspace = at::empty({bytes}, u.options().dtype(at::kByte));
-    return workspace.mutable_data_ptr();
-  };
   dispatch_dtype(args.dtype, [&](auto zero) {
-    run_on<decltype(zero)>(c10::cuda::getCurrentCUDAStream(), multiprocessors_of_current_device(), args, allocate);
+    run_on<decltype(zero)>(c10::cuda::getCurrentCUDAStream(), multiprocessors_of_current_device(), args);
   });
 }
 

@@ -3,17 +3,12 @@
 
 #include <cuda_runtime_api.h>
 
-#include <functional>
-
 #include "../leaf_args.h"
 
 namespace leaf_cuda::cuda {
 
-// allocate(bytes): the workspace, on the device; called where one is needed.
-using Allocate = std::function<void*(int64_t)>;
-
-// S: the storage type, args.dtype's.
+// S: the storage type, args.dtype's. stream: the current one, of the current device.
 template <class S>
-void run_on(cudaStream_t stream, int64_t multiprocessors, const Args& args, const Allocate& allocate);
+void run_on(cudaStream_t stream, int64_t multiprocessors, const Args& args);
 
 }  // namespace leaf_cuda::cuda

@@ -1,3 +1,3 @@
 #include "leaf_on_stream.cuh"
 
-template void leaf_cuda::cuda::run_on<double>(cudaStream_t, int64_t, const Args&, const Allocate&);
+template void leaf_cuda::cuda::run_on<double>(cudaStream_t, int64_t, const Args&);

@@ -2,6 +2,7 @@
 // side.
 #pragma once
 
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 
 #include "leaf_kernels.h"
@@ -20,9 +21,11 @@ struct OnStream {
 };
 
 template <class S>
-void run_on(cudaStream_t stream, int64_t multiprocessors, const Args& args, const Allocate& allocate) {
+void run_on(cudaStream_t stream, int64_t multiprocessors, const Args& args) {
   const LaunchPlan plan = plan_launch<S>(args, multiprocessors);
-  launch<S>(args, plan, plan.workspace_bytes ? allocate(plan.workspace_bytes) : nullptr, OnStream{stream});
+  c10::DataPtr workspace;
+  if (plan.workspace_bytes) workspace = c10::cuda::CUDACachingAllocator::get()->allocate(plan.workspace_bytes);
+  launch<S>(args, plan, workspace.get(), OnStream{stream});
 }
 
 }  // namespace leaf_cuda::cuda

@@ -621,6 +621,7 @@ void large_plans() {
     constexpr int N = 8;
     const ColumnsLaunch c = plan_columns(plan, 0, N, 2, 264, workspace_limit(plan.numel(), 2), 4, 4);
     const std::string what = "columns " + std::to_string(plan.outer) + " " + std::to_string(plan.count);
+    constexpr int64_t kMaxGridX = (int64_t{1} << 31) - 1;
     check(c.tiles >= 1 && c.tiles <= kMaxGridX && c.splits >= 1 && c.splits <= kMaxGridY, what + " grid");
     check(c.threads <= kMaxThreads && c.tx * c.ty <= c.threads, what + " threads");
     check(c.columns.width * c.columns.rows + c.columns.tail == plan.numel(), what + " elements");

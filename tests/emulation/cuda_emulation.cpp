@@ -199,7 +199,7 @@ class Launch {
     std::iota(order.begin(), order.end(), 0);
     if (schedule.threads == Schedule::descending) std::reverse(order.begin(), order.end());
     for (unsigned i = 0; i < order.size(); ++i)
-      threads[i]->index = make_uint3(i % block.x, i / block.x % block.y, i / (block.x * block.y));
+      threads[i]->index = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
     blockDim = block;
     ASAN_POISON_MEMORY_REGION(leaf_cuda::leaf_smem + shared_bytes, sizeof leaf_cuda::leaf_smem - shared_bytes);
     active = this;
@@ -219,7 +219,7 @@ class Launch {
       const std::uint64_t b = schedule.blocks == Schedule::ascending    ? i
                               : schedule.blocks == Schedule::descending ? count - 1 - i
                                                                         : shuffled[i];
-      blockIdx = make_uint3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
+      blockIdx = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
       run_block();
     }
   }
