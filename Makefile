@@ -13,7 +13,11 @@ CMAKE_BUILD := build/cmake-$(notdir $(abspath $(VENV)))
 SOURCES := $(shell find csrc leaf_cuda -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu*') \
            csrc/sources.txt setup.py pyproject.toml
 
-.PHONY: bench demo test test-cpp test-slow gpu-check report install format clean
+PYTHON_SOURCES := benchmarks examples leaf_cuda tests setup.py
+version_of = $(shell sed -n '/$(1)$$/{n;s/.*rev: v//p}' .pre-commit-config.yaml)
+FORMATTERS := ruff==$(call version_of,ruff-pre-commit) clang-format==$(call version_of,mirrors-clang-format)
+
+.PHONY: bench demo test test-cpp test-slow gpu-check report install lint format clean
 
 bench: install
 	$(BIN)/python benchmarks/bench_leaf.py --quick
@@ -60,10 +64,12 @@ $(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps .
 	touch $@
 
-format:
-	$(BIN)/python -m pip install --quiet ruff clang-format
-	$(BIN)/ruff check --fix . && $(BIN)/ruff format benchmarks examples leaf_cuda tests setup.py
-	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+# As pre-commit runs them, of the versions that it names.
+lint format: $(VENV)/.dependencies
+	$(BIN)/python -m pip install --quiet $(FORMATTERS)
+	$(BIN)/ruff check $(if $(filter format,$@),--fix) .
+	$(BIN)/ruff format $(if $(filter lint,$@),--check) $(PYTHON_SOURCES)
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format $(if $(filter lint,$@),--dry-run -Werror,-i)
 
 clean:
 	rm -rf build dist .venv* *.egg-info

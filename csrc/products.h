@@ -36,7 +36,8 @@ class Product {
   // x·wᵀ, and plus the bias of a column
   at::Tensor times(const at::Tensor& x, const at::Tensor& bias = {}) const {
     if (!by_onednn_ || x.numel() == 0) return bias.defined() ? at::addmm(bias, x, w_.t()) : at::mm(x, w_.t());
-    const auto b = bias.defined() ? std::optional(bias.contiguous()) : std::nullopt;  // oneDNN ignores its stride
+    c10::IValue b;
+    if (bias.defined()) b = bias.contiguous();  // oneDNN ignores its stride
     return call(*linear(), {dense(x), w_, b, "none", c10::List<std::optional<at::Scalar>>(), ""});
   }
 

@@ -1,7 +1,7 @@
 """Handwritten digits, read row by row: a recurrent layer with fixed sigmoids and tanhs against one with LEAF in their place.
 
 python examples/sequence_classification.py
-python examples/sequence_classification.py --kind GRU --per-unit --seeds 0 1 2
+python examples/sequence_classification.py --kind GRU --per-unit --seed 0 1 2
 
 scikit-learn's 1,797 digits of 8 rows of 8 pixels are sequences of 8 steps; the last state goes to a linear layer. Both
 layers start from the same weights and see the same batches. About a minute on a CPU of two cores. Takes `pip install ".[examples]"`.
@@ -79,14 +79,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
 
     data, lines = digits(), []
     for kind in args.kind:
         fixed, learned = LAYERS[kind]
         accuracies, times = {fixed: [], learned: []}, {fixed: [], learned: []}
-        for seed in args.seeds:
+        for seed in args.seed:
             torch.manual_seed(seed)
             plain = Classifier(fixed(8, args.hidden, batch_first=True))
             leaf = Classifier(learned(8, args.hidden, batch_first=True, per_unit=args.per_unit))

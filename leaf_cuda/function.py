@@ -5,16 +5,16 @@ import torch
 from . import _ops, batching, sharding
 
 
-def differentiates_forward() -> bool:
+def is_in_forward_ad() -> bool:
     """Whether a torch.func.jvp or a forward_ad.dual_level is around this call. A Function's own jvp is wrong in a second
     one; the operators are right there."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def takes_function() -> bool:
+def needs_autograd_function() -> bool:
     """Whether this call is inside a torch.func transform that takes a torch.autograd.Function: functionalize takes
     none, and Dynamo makes wrong gradients of one inside a transform."""
-    if not torch._C._are_functorch_transforms_active() or differentiates_forward() or torch.compiler.is_compiling():
+    if not torch._C._are_functorch_transforms_active() or is_in_forward_ad() or torch.compiler.is_compiling():
         return False
     functionalize = torch._C._functorch.TransformType.Functionalize
     return all(level.key() != functionalize for level in torch._C._functorch.get_interpreter_stack())
@@ -66,7 +66,7 @@ class LeafFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        backward = _ops.leaf_backward if differentiates_forward() else _LeafBackward.apply
+        backward = _ops.leaf_backward if is_in_forward_ad() else _LeafBackward.apply
         return backward(grad, *ctx.saved_tensors, ctx.needs_input_grad)
 
     @staticmethod

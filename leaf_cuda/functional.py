@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, reference, sharding
-from .function import LeafFunction, takes_function
+from .function import LeafFunction, needs_autograd_function
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -119,14 +119,14 @@ def leaf(
         return torch.overrides.handle_torch_function(leaf, given, *given)
     tensors = _as_tensors("leaf", {"u": u}, (p1, p2, p3, p4))
     sharding.prepare(u)
-    if runs_reference(u):
+    if needs_reference(u):
         return run_reference("leaf", _ops.leaf_forward, reference.leaf, tensors)
-    if takes_function():
+    if needs_autograd_function():
         return LeafFunction.apply(*tensors.values())
     return _ops.leaf_forward(*tensors.values())
 
 
-def runs_reference(u: Tensor) -> bool:
+def needs_reference(u: Tensor) -> bool:
     """Whether there is no fused kernel for u's device, or a graph of standard operators is wanted."""
     return not _ops.has_kernel(u.device.type) or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
 
@@ -185,7 +185,7 @@ def leaf_glu(
         return torch.overrides.handle_torch_function(leaf_glu, given, *given)
     tensors = _as_tensors("leaf_glu", {"a": a, "b": b}, (p1, p2, p3, p4))
     sharding.prepare(a)
-    if runs_reference(a):
+    if needs_reference(a):
         return run_reference("leaf_glu", _ops.leaf_glu_forward, reference.leaf_glu, tensors)
     return _ops.leaf_glu_forward(*tensors.values())
 

@@ -84,7 +84,7 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(f"model is of type {type(model).__name__}; it takes a torch.nn.Module")
 
 
-def has_parameters_but_leaf(module: nn.Module, state_dict: dict, prefix: str) -> bool:
+def has_all_but_leaf_parameters(module: nn.Module, state_dict: dict, prefix: str) -> bool:
     """Whether a state dict has every parameter of the module that is not of a LEAF in it."""
     of_leaf = {p for child in module.modules() if isinstance(child, LearnableActivation) for p in child.parameters()}
     return all(prefix + name in state_dict for name, p in module.named_parameters() if p not in of_leaf)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ._types import Device, Form, Size
 from .functional import arithmetic_dtype, leaf_glu
-from .modules import FourParameters, has_parameters_but_leaf
+from .modules import FourParameters, has_all_but_leaf_parameters
 from .recurrent import CellLEAF, LeafGRU, LeafGRUCell, LeafLSTM, LeafLSTMCell
 
 __all__ = ["CellLEAF", "LeafGLU", "LeafGRU", "LeafGRUCell", "LeafLSTM", "LeafLSTMCell", "LeafMLP"]
@@ -73,6 +73,6 @@ class LeafMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x), self.up_proj(x)))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        if has_parameters_but_leaf(self, state_dict, prefix):
+        if has_all_but_leaf_parameters(self, state_dict, prefix):
             self.act_fn.add_initial_values(state_dict, f"{prefix}act_fn.", state_dict.get(f"{prefix}gate_proj.weight"))
         super()._load_from_state_dict(state_dict, prefix, *args)

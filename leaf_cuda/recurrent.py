@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _ops, reference
 from ._types import Device
-from .functional import arithmetic_dtype, run_reference, runs_reference
-from .modules import FORMS, LearnableActivation, has_parameters_but_leaf
+from .functional import arithmetic_dtype, needs_reference, run_reference
+from .modules import FORMS, LearnableActivation, has_all_but_leaf_parameters
 
 #: (h, c) of an LSTM, h of a GRU.
 State = Tensor | tuple[Tensor, Tensor]
@@ -85,7 +85,7 @@ class Recurrent(nn.Module):
             leaf.reset_parameters()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name, leaf in self._leaves() if has_parameters_but_leaf(self, state_dict, prefix) else ():
+        for name, leaf in self._leaves() if has_all_but_leaf_parameters(self, state_dict, prefix) else ():
             # Or what stands for it: pruning and parametrizations have other names.
             of_weight = f"weight_hh{name.removeprefix('leaf')}"
             weights = (t for key, t in state_dict.items() if key.startswith(prefix) and of_weight in key)
@@ -108,7 +108,7 @@ class Recurrent(nn.Module):
     def _compute(self, tensors: dict[str, Tensor | None], batch_sizes: Tensor | None, reverse: bool):
         """The operator's results; its arguments by their names in an error."""
         operator = _ops.leaf_recurrent_forward
-        if runs_reference(tensors["input"]):
+        if needs_reference(tensors["input"]):
             return run_reference(type(self).__name__, operator, reference.recurrent, tensors, batch_sizes, reverse)
         return operator(*tensors.values(), batch_sizes, reverse)[: 1 + len(self._state_names)]
 

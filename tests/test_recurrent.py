@@ -707,7 +707,7 @@ def test_example():
     for needed in ("sklearn", "tabulate", "tqdm"):
         pytest.importorskip(needed)
     program = Path(__file__).parents[1] / "examples" / "sequence_classification.py"
-    options = ["--epochs", "4", "--seeds", "0", "--kind", "GRU", "--lr", "0.01"]
+    options = ["--epochs", "4", "--seed", "0", "--kind", "GRU", "--lr", "0.01"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # small operations: threads would wait for one another
     run = subprocess.run(
         [sys.executable, program, *options], env=environment, capture_output=True, text=True, check=True
