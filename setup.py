@@ -1,6 +1,7 @@
 """Builds leaf_cuda._C: the CPU backend always, the CUDA backend where torch and a toolkit have CUDA.
 
-Environment: TORCH_CUDA_ARCH_LIST (as in torch), CUDA_HOME, FORCE_CUDA=1 (no CUDA is an error), MAX_JOBS.
+Environment: TORCH_CUDA_ARCH_LIST (as in torch), CUDA_HOME, FORCE_CUDA=1 (no CUDA is an error), FORCE_CUDA=0 (the CPU
+backend only), MAX_JOBS.
 """
 
 import os
@@ -60,6 +61,11 @@ def find_cuda_home():
     return None
 
 
+def toolkit_release(cuda_home):
+    said = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True)
+    return re.search(r"release (\d+\.\d+)", said.stdout)[1]
+
+
 def architectures(torch, cuda_home):
     """As TORCH_CUDA_ARCH_LIST wants them: the user's, else those of the GPUs present, else the published ones."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
@@ -75,11 +81,16 @@ def architectures(torch, cuda_home):
 
 def cuda_settings(torch):
     """(CUDA_HOME, architectures), or None for a CPU build, with one line that says why."""
+    if os.environ.get("FORCE_CUDA") == "0":
+        print("leaf_cuda: FORCE_CUDA=0, building the CPU backend only", file=sys.stderr)
+        return None
     home = find_cuda_home()
     if torch.version.cuda is None:
         missing = f"torch {torch.__version__} is built without CUDA; install a CUDA build of it"
     elif home is None:
         missing = "no CUDA toolkit was found; install one, or set CUDA_HOME to it"
+    elif (release := toolkit_release(home)).split(".")[0] != torch.version.cuda.split(".")[0]:
+        missing = f"{home} is CUDA {release}, and torch {torch.__version__} of CUDA {torch.version.cuda}; set CUDA_HOME"
     else:
         return home, architectures(torch, home)
     if os.environ.get("FORCE_CUDA") == "1":
@@ -94,8 +105,8 @@ def openmp(torch, compiler):
     try:
         macros = [*shlex.split(compiler), "-x", "c++", "-dM", "-E", os.devnull]
         is_clang = "__clang__" in subprocess.run(macros, capture_output=True, text=True).stdout
-    except OSError:  # no compiler: the build will say so
-        is_clang = False
+    except OSError as error:
+        sys.exit(f"leaf_cuda: the C++ compiler {compiler!r} cannot be run ({error}); install g++, or set CXX")
     if is_clang:  # whose code calls LLVM's runtime, and not GCC's, which torch's wheels for Linux bring
         hint = "; CXX=g++ builds them for all" if sys.platform == "linux" else ""
         print(f"leaf_cuda: built by Clang, the CPU kernels run on one thread{hint}", file=sys.stderr)

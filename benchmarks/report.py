@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import plots
-from bench_leaf import Case, cases
+from bench_leaf import Case, below_table, cases
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,27 +32,24 @@ def rows_of(case: Case, rows: list[dict]) -> dict[tuple[str, str], dict]:
 
 
 def section(device: str) -> str:
-    """A row for each machine and quick case: fused LEAF's time, and its ratios to others'."""
-    files = sorted(RESULTS.glob(f"{device}*/full.json"))
+    """Of the machine measured last, a row for each quick case: fused LEAF's time, and its ratios to others'."""
+    files = list(RESULTS.glob(f"{device}*/full.json"))
     if not files:
         return f"No results of a {device.upper()} run are in `benchmarks/results/` yet, so none are shown.\n"
+    file = max(files, key=lambda file: read(file, "machine")[0]["date"])
+    machine, rows = read(file, "machine", "rows")
+    over = [("forward", "silu"), ("backward", "silu"), *(("both", p) for p in ("silu", "compile", "plain", "authors"))]
     lines = []
-    for file in files:
-        rows = read(file, "rows")[0]
-        for case in cases(device, quick=True):
-            found = rows_of(case, rows)
-            over = [
-                ("forward", "silu"),
-                ("backward", "silu"),
-                *(("both", p) for p in ("silu", "compile", "plain", "authors")),
-            ]
-            ratios = [f"{1 / found[key]['over_fused']:.2f}" if key in found else "" for key in over]
-            machine = f"[{file.parent.name}]({file.with_suffix('.md').relative_to(ROOT)})"
-            lines.append([machine, *case.labels(), f"{found['both', 'fused']['median_ms']:.3g}", *ratios])
-    headers = ["machine", "u", "parameters", "ms", "forward/silu", "backward/silu", "both/silu"]
-    headers += [f"both/{p}" for p in ("compile", "plain", "authors")]
-    align = ["left"] * 3 + ["right"] * (len(headers) - 3)
-    return tabulate(lines, headers, tablefmt="github", colalign=align, disable_numparse=True) + "\n"
+    for case in cases(device, quick=True):
+        found = rows_of(case, rows)
+        ratios = [f"{1 / found[key]['over_fused']:.2f}" if key in found else "" for key in over]
+        lines.append([*case.labels(), f"{found['both', 'fused']['median_ms']:.3g}", *ratios])
+    headers = ["u", "parameters", "LEAF, ms"]
+    headers += ["/ silu, forward", "/ silu, backward", *(f"/ {p}" for p in ("silu", "compile", "plain", "authors"))]
+    align = ["left"] * 2 + ["right"] * (len(headers) - 2)
+    table = tabulate(lines, headers, tablefmt="github", colalign=align, disable_numparse=True)
+    others = [f"[{f.parent.name}]({f.with_suffix('.md').relative_to(ROOT)})" for f in sorted(files)]
+    return f"{table}\n\n{below_table(machine)}\n\nAll cases of all machines: {', '.join(others)}.\n"
 
 
 def cell(counts: dict[str, int] | None) -> str:

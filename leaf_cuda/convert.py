@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ._types import Form
 from .fixed_activations import FIXED, module_type
@@ -20,7 +21,7 @@ from .functional import arithmetic_dtype
 from .modules import AHAF, LEAF, LearnableActivation, check_model, size_of
 from .optim import split_activation_parameters
 from .recurrent import Recurrent
-from .tracing import called_name, calls_of, modes_of, set_modes, trace, with_forward
+from .tracing import called_name, calls_of, modes_of, names_an_activation, set_modes, trace, with_forward
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,14 @@ class Replaced:
 
     ``name`` is the module's in the model, ``old`` and ``new`` tell both activations, and ``difference`` is the largest
     between them over [-10, 10], in float64; None where the old one has parameters, is on the meta device, or takes no such
-    input. ``called`` tells whether the run with ``example_inputs`` came by; None where there were none.
+    input. ``calls`` tells how often the run with ``example_inputs`` came by; None where there were none.
     """
 
     name: str
     old: str
     new: str
     difference: float | None
-    called: bool | None = None
+    calls: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,25 +53,29 @@ class Kept:
 class Report:
     """What :func:`replace_activations` did. ``str(report)`` is for reading.
 
-    ``output_difference`` is the largest between the model's outputs before and after, for ``example_inputs``; None where
-    there were none, or no tensors that have values came out.
+    ``output_difference`` is the largest between the model's outputs before and after, for ``example_inputs``, and
+    ``largest_output`` the largest of those before, without their signs; None where there were none, or no tensors that
+    have values came out.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     output_difference: float | None = None
+    largest_output: float | None = None
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} activations replaced" if self.replaced else "nothing replaced"]
+        count = len(self.replaced)
+        lines = [f"{count} activation{'s' * (count > 1)} replaced" if self.replaced else "nothing replaced"]
         for r in self.replaced:
             difference = "" if r.difference is None else f", within {r.difference:.1e}"
-            called = ", not called with example_inputs" if r.called is False else ""
-            lines.append(f"  {r.name}: {r.old} -> {r.new}{difference}{called}")
+            calls = {None: "", 0: ", not called with example_inputs", 1: ""}.get(r.calls, f", for {r.calls} calls")
+            lines.append(f"  {r.name}: {r.old} -> {r.new}{difference}{calls}")
         if self.kept:
             lines.append(f"{len(self.kept)} kept")
             lines += [f"  {k.name}: {k.old}: {k.reason}" for k in self.kept]
         if self.output_difference is not None:
-            lines.append(f"the model's output differs by at most {self.output_difference:.1e}")
+            of = f", of outputs up to {self.largest_output:.1e}"
+            lines.append(f"the model's output differs by at most {self.output_difference:.1e}{of}")
         return "\n".join(lines)
 
 
@@ -93,9 +98,13 @@ def replace_activations(
     ``type(x) is ...``, ``x is y`` and ``match x``; but one that computes something else from ``example_inputs`` is not
     taken. A traced module gets the traced ``forward``, under which the values it read from its attributes stay as they
     were, and new children for the calls; its other methods keep theirs. ``deepcopy`` and ``state_dict`` work on it,
-    ``pickle`` refuses it. nn.TransformerEncoder loses its fast path, which made zeros of padded positions in eval mode.
+    ``pickle`` refuses it. nn.TransformerEncoder loses its fast path, which made zeros of padded positions in eval mode. Sigmoids and tanhs that are
+    gates or outputs are replaced like others; once trained, these have no bounds, as BCELoss takes them, say: ``rules``
+    leave them alone.
 
-    Each place gets parameters of its own, also where one parameterless module, ``act = nn.ReLU()``, stands in several.
+    Each place gets parameters of its own, also where one parameterless module, ``act = nn.ReLU()``, stands in several. A
+    place that its module calls several times has one set for all; where their inputs take several sizes, each call gets
+    its own, if the forward can be traced.
     An activation that worked in place does so no more. A call whose input is used again behind it is left alone; of a
     module, ``nn.ReLU(inplace=True)``, and of an input used again through a view, only ``output_difference`` shows it.
     Make the optimizer, and wrap in DDP or FSDP, afterwards. To load a state dict of the result, call this with the same
@@ -127,11 +136,12 @@ def replace_activations(
     if inputs is not None and not isinstance(inputs, (tuple, Mapping)):
         raise TypeError(f"example_inputs is of type {type(inputs).__name__}; it takes a tensor, a tuple or a dict")
     refused: dict[str, str] = {}
+    split: dict[str, str] = {}
     report = None
     while report is None:  # what a run of the model refuses leaves no trace: all is done again without it
         with contextlib.ExitStack() as undo:
             try:
-                report = _Conversion(model, defaults, rules, inputs, refused, undo).run()
+                report = _Conversion(model, defaults, rules, inputs, refused, split, undo).run()
                 undo.pop_all()
             except _Refused as places:
                 refused |= places.reasons
@@ -156,6 +166,9 @@ def freeze_weights(model: nn.Module) -> list[nn.Parameter]:
         p.requires_grad_(False)
     return frozen
 
+
+#: torch's own layers that hold an activation as a function, and whose forwards are not traced.
+_WITH_ACTIVATION = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 _OPTIONS = ("init_as", "kind", "granularity", "channel_dim")
 
@@ -233,9 +246,22 @@ class _Place:
 
 
 class _Conversion:
-    def __init__(self, model, defaults, rules, inputs, refused: dict[str, str], undo: contextlib.ExitStack):
+    """refused: places → why they are kept, or "", and no word of it. split: modules whose calls are to be places each →
+    why the module cannot be one."""
+
+    def __init__(
+        self,
+        model,
+        defaults,
+        rules,
+        inputs,
+        refused: dict[str, str],
+        split: dict[str, str],
+        undo: contextlib.ExitStack,
+    ):
         self.model, self.defaults, self.rules, self.inputs = model, defaults, rules, inputs
-        self.refused, self.undo = refused, undo
+        self.refused, self.split, self.undo = refused, split, undo
+        self.not_split = dict(split)
         self.refused_now: dict[str, str] = {}
         self.module_calls: list[tuple[str, tuple, dict]] = []  # of traced forwards: whom, with what
         self.report = Report()
@@ -248,12 +274,19 @@ class _Conversion:
     def run(self) -> Report:
         before = self._outputs()
         modules = list(self.model.named_modules())
+        if isinstance(self.model, (*self.activations, nn.RNNBase, nn.RNNCellBase)) and not isinstance(
+            self.model, Recurrent
+        ):
+            reason = "it is the model itself; it takes a module that has it, such as nn.Sequential(model)"
+            self._keep("the model", self.model, reason)
         for name, module in modules:
             if module in self.inside:
                 continue
             self._find_children(name, module)
             self._find_functions(name, module)
             self._find_calls(name, module)
+        for path, reason in self.not_split.items():
+            self._keep(path, self.model.get_submodule(path), reason)
         places = {place.name: place for place in self.places}
         for called, args, kwargs in self.module_calls:
             if called in places:
@@ -266,6 +299,7 @@ class _Conversion:
         after = self._outputs()
         if before is not None:
             self.report.output_difference = _difference(before, after)
+            self.report.largest_output = _difference(before, [torch.zeros_like(t) for t in before])
         return self.report
 
     # What is there. Each find makes the fixed activation a module of one place, so that what follows knows only those.
@@ -294,14 +328,25 @@ class _Conversion:
                     self._add(_Place(path, module, attribute, own, repr(child), options))
 
     def _find_functions(self, name: str, module: nn.Module) -> None:
-        """Functions in attributes, nn.TransformerEncoderLayer's among them."""
+        """Functions in attributes, nn.TransformerEncoderLayer's among them, and functools.partial of them."""
         for attribute, function in list(vars(module).items()):
-            kind = None if isinstance(function, str) else module_type(function)
+            called, keywords = function, {}
+            if isinstance(function, functools.partial) and not function.args:
+                called, keywords = function.func, function.keywords
+            kind = None if isinstance(called, str) else module_type(called)
+            path, label = _join(name, attribute), f"function {getattr(called, '__name__', called)}"
+            if (
+                kind is None
+                and attribute == "activation"
+                and isinstance(module, _WITH_ACTIVATION)
+                and callable(function)
+            ):
+                reason = "no known activation; a module would be found, and a rule for its type"
+                self.report.kept.append(Kept(path, label, reason))
             if kind is None or hasattr(type(module), attribute):  # which would hide a module; its calls are found
                 continue
-            path, label = _join(name, attribute), f"function {function.__name__}"
             try:
-                fixed = kind()
+                fixed = kind(**keywords)
             except TypeError:  # nn.Threshold
                 self.report.kept.append(Kept(path, label, "it is called with more than its input"))
                 continue
@@ -326,20 +371,26 @@ class _Conversion:
         try:
             graphs = [trace(module, training) for training in (True, False)]
         except Exception as error:  # whatever the model's own code raises on a proxy
+            if not names_an_activation(cls):
+                return
             message = (str(error) or type(error).__name__).splitlines()[0]
             self.report.kept.append(Kept(name or "the model", "calls in its forward", f"torch.fx: {message}"))
             return
         for node in (n for graph in graphs for n in graph.nodes if n.op == "call_module"):
             self.module_calls.append((_join(name, node.target), node.args, node.kwargs))
-        found = [calls_of(graph) for graph in graphs]
+        split = {a: child for a, child in module._modules.items() if _join(name, a) in self.split}
+        found = [calls_of(graph, split) for graph in graphs]
         accepted = {}
         for node, fixed in found[0].items():
             attribute = next(a for a in _numbered(node.name) if not hasattr(module, a))
             path = _join(name, attribute)
+            of_module = _join(name, node.target) if node.op == "call_module" else None
+            self.not_split.pop(of_module, None)
+            label = f"{called_name(node)}()" if of_module is None else repr(split[node.target])
             if isinstance(fixed, str):
-                self.report.kept.append(Kept(path, f"{called_name(node)}()", fixed))
-            elif (options := self._decide(path, fixed)) is not None:
-                accepted[node.name] = _Place(path, module, attribute, fixed, f"{called_name(node)}()", options)
+                self.report.kept.append(Kept(path, label, fixed))
+            elif (options := self._decide(path, fixed, of_module)) is not None:
+                accepted[node.name] = _Place(path, module, attribute, fixed, label, options)
         if not accepted:
             return
         if own is not cls:
@@ -364,12 +415,14 @@ class _Conversion:
         self.traced.append(_Traced(name, module, cls, traced, calls))
         self.traced[-1].put()
 
-    def _decide(self, path: str, fixed: nn.Module) -> dict | None:
-        """How to replace `fixed`; None, and a line in the report where a user would expect one, to leave it."""
+    def _decide(self, path: str, fixed: nn.Module, of_module: str | None = None) -> dict | None:
+        """How to replace `fixed`, or a call of it, the module of that name; None, and a line in the report where a user
+        would expect one, to leave it."""
         kind = type(fixed)
         if not isinstance(fixed, self.activations):
             return None
-        matches = (key for key in self.rules if key is kind or isinstance(key, str) and fnmatchcase(path, key))
+        name = of_module or path
+        matches = (key for key in self.rules if key is kind or isinstance(key, str) and fnmatchcase(name, key))
         key = next(matches, None)
         self.unmatched.pop(key, None)
         rule = {} if key is None else self.rules[key]
@@ -482,9 +535,9 @@ class _Conversion:
             contexts.enter_context(torch.random.fork_rng())
             contexts.enter_context(torch.no_grad())
             torch.manual_seed(0)
-            keywords = isinstance(self.inputs, Mapping)
+            inputs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.inputs)  # it may change them
             try:
-                result = self.model(**self.inputs) if keywords else self.model(*self.inputs)
+                result = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(*inputs)
             finally:
                 self._raise_refused()
             return [_values(x) for x in tree_leaves(result) if isinstance(x, Tensor)]
@@ -502,8 +555,8 @@ class _Conversion:
             shared[place.old] = new
             self._set(place, new)
             difference = _form_difference(place.old, new)
-            called = None if self.inputs is None else bool(place.inputs)
-            self.report.replaced.append(Replaced(place.name, place.label, repr(new), difference, called))
+            calls = None if self.inputs is None else len(place.inputs)
+            self.report.replaced.append(Replaced(place.name, place.label, repr(new), difference, calls))
         self._raise_refused()
 
     def _new(self, place: _Place) -> LearnableActivation:
@@ -522,7 +575,11 @@ class _Conversion:
         else:
             sizes = {_size(shape, options) for shape, _, _ in place.inputs}
             if len(sizes) > 1:
-                raise _KeptFor(f"it is called with inputs that take parameters of several sizes, {sorted(sizes)}")
+                reason = f"it is called with inputs that take parameters of several sizes, {sorted(sizes)}"
+                if list(place.old.parameters()) or place.label.startswith("function "):
+                    raise _KeptFor(reason)
+                self.split[place.name] = reason
+                raise _KeptFor("")
             (size,) = sizes
         dtype, device = place.inputs[0][1:] if place.inputs else self._parameter_near(place)
         if not dtype.is_floating_point:

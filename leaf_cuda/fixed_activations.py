@@ -57,6 +57,8 @@ FIXED: dict[type[nn.Module], Fixed] = {
 }
 
 _MODULE_OF = {call: kind for kind, fixed in FIXED.items() for call in (*fixed.calls, *fixed.in_place)}
+#: What calls of them are written as: `F.relu(x)`, `x.relu()`.
+CALLED_NAMES = {call if isinstance(call, str) else call.__name__ for call in _MODULE_OF}
 _IN_PLACE = {call for fixed in FIXED.values() for call in fixed.in_place}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import re
 import sys
 import warnings
 
@@ -195,4 +196,9 @@ def ahaf(u: Tensor, beta: Tensor | float, gamma: Tensor | float) -> Tensor:
 
     Bodyanskiy & Kostiuk 2022, doi 10.20535/srit.2308-8893.2022.1.07. Arguments and errors as :func:`leaf`'s.
     """
-    return leaf(u, beta, None, gamma, None)
+    try:
+        return leaf(u, beta, None, gamma, None)
+    except (TypeError, ValueError) as error:
+        own_names = {"leaf": "ahaf", "p1": "beta", "p3": "gamma"}
+        message = re.sub(r"\b(leaf|p1|p3)\b", lambda m: own_names[m[1]], str(error))
+        raise type(error)(message) from None

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import copy
 import dis
 import functools
+import inspect
 import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
-from types import CodeType
+from types import CodeType, FunctionType, ModuleType
 from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .fixed_activations import is_in_place, module_type
+from .fixed_activations import CALLED_NAMES, is_in_place, module_type
 
 
 def called_name(node: fx.Node) -> str:
@@ -325,12 +327,52 @@ def _input(node: fx.Node) -> fx.Node:
     return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
 
 
-def calls_of(graph: fx.Graph) -> dict[fx.Node, nn.Module | str]:
-    """The calls of activations and the module equal to each, or why none is."""
+def _copying(module: nn.Module) -> Callable[[], nn.Module]:
+    """Takes no arguments, as the module takes none but its input."""
+
+    def make() -> nn.Module:
+        return copy.deepcopy(module)
+
+    return make
+
+
+def names_an_activation(cls: type[nn.Module]) -> bool:
+    """Whether the class's forward, or a function or method of the user's that it names, names a fixed activation's function
+    or method: if not, hardly one is called there."""
+    functions, seen = [cls.forward], set()
+    while functions:
+        function = inspect.unwrap(functions.pop())
+        if not isinstance(function, FunctionType):
+            return True  # its code is not to be seen
+        if function in seen or function.__module__.startswith("torch."):
+            continue
+        seen.add(function)
+        names = _names(function.__code__)
+        if names & CALLED_NAMES:
+            return True
+        known = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
+        scopes = [known, *(vars(known[name]) for name in names if isinstance(known.get(name), ModuleType))]
+        named = [scope[name] for scope in scopes for name in names if name in scope]
+        named += [inspect.getattr_static(cls, name, None) for name in names]
+        functions += [f for f in (getattr(f, "__func__", f) for f in named) if isinstance(f, FunctionType)]
+    return False
+
+
+def _names(code: CodeType) -> set[str]:
+    return {*code.co_names, *code.co_freevars}.union(*(_names(c) for c in code.co_consts if isinstance(c, CodeType)))
+
+
+def calls_of(graph: fx.Graph, children: Mapping[str, nn.Module]) -> dict[fx.Node, nn.Module | str]:
+    """The calls of activations, by functions, methods and these children, and the module equal to each, or why none is."""
     calls = {}
     order = {node: k for k, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        kind = module_type(node.target) if node.op in ("call_function", "call_method") else None
+        if node.op == "call_module" and node.target in children:
+            kind = _copying(children[node.target])
+        elif node.op in ("call_function", "call_method"):
+            kind = module_type(node.target)
+        else:
+            kind = None
         if kind is None:
             continue
         kwargs = {k: v for k, v in node.kwargs.items() if k not in ("input", "self")}
@@ -341,7 +383,7 @@ def calls_of(graph: fx.Graph) -> dict[fx.Node, nn.Module | str]:
         try:
             fixed = kind(*arguments, **kwargs)
         except (TypeError, ValueError) as error:
-            calls[node] = f"its arguments are not those of nn.{kind.__name__}: {error}"
+            calls[node] = f"its arguments are not those of its module: {error}"
             continue
         in_place = getattr(fixed, "inplace", False) or is_in_place(node.target)
         if in_place and (not node.users or any(order[user] > order[node] for user in _input(node).users)):

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import copy
+import functools
 import math
 import pickle
 import random
@@ -515,7 +516,7 @@ def asking_for_keywords(self, x, **options):
         (numpy_random_of_its_own, "torch.fx: it draws random numbers"),
         (other_in_training, "other activations in train than in eval mode"),
         (computed_argument, "its arguments are computed"),
-        (lambda self, x: torch.tanh(x, out=None), "its arguments are not those of nn.Tanh"),
+        (lambda self, x: torch.tanh(x, out=None), "its arguments are not those of its module"),
     ],
 )
 @pytest.mark.parametrize("grad", [True, False])
@@ -809,12 +810,13 @@ def test_kept_by_size():
             self.twice, self.never, self.flat, self.whole = nn.ReLU(), nn.ReLU(), nn.ReLU(), nn.ReLU()
 
         def forward(self, x):
-            return (
-                self.twice(x).sum()
-                + self.twice(x[:, :3]).sum()
-                + self.flat(x.sum(1)).sum()
-                + self.whole(x.long()).sum()
-            )
+            with contextlib.nullcontext():  # so that it is not traced, and the calls of one are no places each
+                return (
+                    self.twice(x).sum()
+                    + self.twice(x[:, :3]).sum()
+                    + self.flat(x.sum(1)).sum()
+                    + self.whole(x.long()).sum()
+                )
 
     model = Net()
     children = dict(model._modules)
@@ -826,6 +828,81 @@ def test_kept_by_size():
     assert "it was not called" in reasons["never"]
     assert "shape (10,) has no dimension for granularity 'element'" in reasons["flat"]
     assert "torch.int64" in reasons["whole"]
+
+
+class Bottleneck(nn.Module):
+    """As torchvision's: one module for three calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow, self.wide, self.relu = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.relu(self.narrow(x))
+        y = self.relu(y.mul(2))
+        return self.relu(self.wide(y) + x)
+
+
+@pytest.mark.parametrize("rules", [None, {"*.relu": None}, {nn.ReLU: "SiLU"}])
+def test_one_module_of_several_sizes(rules):
+    """Each call gets parameters of its own, if the forward can be traced."""
+    model, x = nn.Sequential(Bottleneck(), nn.SiLU()).eval(), torch.randn(2, 8, 5, 5)
+    before = model(x)
+    report = replace_activations(model, granularity="channel", example_inputs=x, rules=rules)
+    names = {r.name: (r.old, getattr(model.get_submodule(r.name), "size", None)) for r in report.replaced}
+    assert names.pop("1") == ("SiLU()", (8, 1, 1))
+    if rules == {"*.relu": None}:
+        assert not names and [k.name for k in report.kept] == ["0.relu"]
+        return
+    old = "ReLU(inplace=True)"
+    assert sorted(names.values()) == [(old, (4, 1, 1)), (old, (4, 1, 1)), (old, (8, 1, 1))]
+    assert not report.kept and {r.calls for r in report.replaced} == {1}
+    if rules is None:
+        torch.testing.assert_close(model(x), before, rtol=0, atol=2e-5)
+    assert isinstance(model[0], Bottleneck) and set(copy.deepcopy(model).state_dict()) == set(model.state_dict())
+    one = nn.Sequential(Bottleneck(), nn.SiLU())
+    shared = replace_activations(one, example_inputs=x)  # one set of parameters, which all calls can share
+    assert {r.name: r.calls for r in shared.replaced} == {"0.relu": 3, "1": 1} and "for 3 calls" in str(shared)
+    assert type(one[0]) is Bottleneck
+
+
+def test_example_inputs_are_not_changed():
+    """A model that changes them in place is still seen to differ afterwards."""
+    model = make_forward(lambda self, x: x + self.fc1(self.act(x)))
+    model.act = nn.ReLU(inplace=True)
+    x = X.clone()
+    report = replace_activations(model, example_inputs=x)
+    assert torch.equal(x, X) and report.output_difference > 0.1
+    assert report.largest_output > 1 and "of outputs up to" in str(report)
+
+
+def test_partial_and_unknown_functions():
+    layer = nn.TransformerEncoderLayer(6, 2, 12, activation=functools.partial(F.gelu, approximate="tanh"))
+    (replaced,) = replace_activations(layer, example_inputs=X[None]).replaced
+    assert replaced.old == "function gelu" and isinstance(layer.activation, LEAF)
+    unknown = nn.TransformerEncoderLayer(6, 2, 12, activation=lambda x: F.gelu(x))
+    with pytest.warns(UserWarning, match="activation: function <lambda>: no known activation"):
+        replace_activations(unknown)
+
+
+def test_model_that_is_an_activation():
+    for model in (nn.ReLU(), nn.LSTM(3, 4)):
+        with pytest.warns(UserWarning, match="it is the model itself"):
+            replace_activations(model)
+
+
+def test_forwards_without_activations_are_not_reported():
+    def calls_a_helper(self, x):
+        return helper(self, x) if x.sum() > 0 else x
+
+    def helper(self, x):
+        return F.silu(x)
+
+    for body, reported in ((lambda self, x: x if x.sum() > 0 else -x, False), (calls_a_helper, True)):
+        model = nn.Sequential(make_forward(body), nn.ReLU())
+        report = replace_activations(model)
+        assert [r.name for r in report.replaced] == ["1"]
+        assert [k.name for k in report.kept] == ["0"] * reported
 
 
 def test_kept_place_is_as_it_was():
@@ -860,7 +937,7 @@ def test_not_called():
             return self.out(self.steps[0](x))
 
     report = replace_activations(Listed(), example_inputs=X)
-    assert [(r.name, r.called) for r in report.replaced] == [("act", False), ("out", True)]
+    assert [(r.name, r.calls) for r in report.replaced] == [("act", 0), ("out", 1)]
     assert "act: ReLU() -> LEAF(size=(1,), init_as='ReLU'), within 4.2e-06, not called" in str(report)
 
 
