@@ -48,7 +48,7 @@ CASES = {
     "None for p3": (lambda: leaf(u(), p(), None, None, None), TypeError, ["p3", "NoneType", "tensor", "number"]),
     "string for beta": (lambda: ahaf(u(), "1", p()), TypeError, ["ahaf: beta", "str", "tensor"]),
     "None for gamma": (lambda: ahaf(u(), p(), None), TypeError, ["ahaf: gamma", "NoneType", "tensor"]),
-    "shape of gamma": (lambda: ahaf(u(), p(), p(5)), ValueError, ["ahaf: gamma", "[5]", "take 1 or"]),
+    "shape of gamma": (lambda: ahaf(u(), p(), p(7)), ValueError, ["ahaf: gamma", "[7]", "take 1 or"]),
     "integer parameter": (lambda: leaf(u(), p(), p(dtype=torch.int64), p(), None), TypeError, ["p2", "Long", "Float"]),
     "float64 parameters": (
         lambda: leaf(u(), *[p(dtype=torch.float64)] * 4),
