@@ -49,7 +49,8 @@ def section(device: str) -> str:
     align = ["left"] * 2 + ["right"] * (len(headers) - 2)
     table = tabulate(lines, headers, tablefmt="github", colalign=align, disable_numparse=True)
     others = [f"[{f.parent.name}]({f.with_suffix('.md').relative_to(ROOT)})" for f in sorted(files)]
-    return f"{table}\n\n{below_table(machine)}\n\nAll cases of all machines: {', '.join(others)}.\n"
+    where = f"By `python benchmarks/bench_leaf.py` on {below_table(machine)}"
+    return f"{table}\n\n{where}\n\nAll cases of all machines: {', '.join(others)}.\n"
 
 
 def cell(counts: dict[str, int] | None) -> str:

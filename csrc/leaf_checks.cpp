@@ -20,19 +20,21 @@ void check_parameter(const Names& names, const char* name, const Tensor& p, cons
 
 }  // namespace
 
+std::string dtype_name(at::ScalarType type) { return "torch." + std::string(c10::getDtypeNames(type).first); }
+
 void check_dtype(const Tensor& u, const Names& names) {
   TORCH_CHECK_TYPE(u.scalar_type() == at::kDouble || u.scalar_type() == at::kFloat || is_half(u.scalar_type()),
-                   names.function, ": ", names.u, " has dtype ", u.scalar_type(),
-                   "; it takes Double, Float, BFloat16 or Half");
+                   names.function, ": ", names.u, " has dtype ", dtype_name(u.scalar_type()),
+                   "; it takes torch.float64, torch.float32, torch.bfloat16 or torch.float16");
 }
 
 void check_parameter_type(const Names& names, const char* name, const Tensor& p, const Tensor& p1, const Tensor& u) {
   const auto u_type = u.scalar_type(), type = p.scalar_type();
   TORCH_CHECK_TYPE(type == u_type || (is_half(u_type) && type == at::kFloat), names.function, ": ", name, " has dtype ",
-                   type, ", but ", names.u, " of dtype ", u_type, " takes parameters of dtype ", u_type,
-                   is_half(u_type) ? " or Float" : "");
-  TORCH_CHECK_TYPE(type == p1.scalar_type(), names.function, ": ", name, " has dtype ", type, " and p1 ",
-                   p1.scalar_type(), "; all parameters take one dtype");
+                   dtype_name(type), ", but ", names.u, " of dtype ", dtype_name(u_type), " takes parameters of dtype ",
+                   dtype_name(u_type), is_half(u_type) ? " or torch.float32" : "");
+  TORCH_CHECK_TYPE(type == p1.scalar_type(), names.function, ": ", name, " has dtype ", dtype_name(type), " and p1 ",
+                   dtype_name(p1.scalar_type()), "; all parameters take one dtype");
   TORCH_CHECK_VALUE(p.device() == u.device(), names.function, ": ", name, " is on ", p.device(), ", but ", names.u,
                     " is on ", u.device(), "; all tensors take one device");
 }
@@ -60,8 +62,8 @@ void check_layout(const Tensor& u, const ParameterList& parameters, const Names&
 }
 
 void check_like(const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
-  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, " has dtype ", t.scalar_type(), "; it takes that of ",
-                   like_name, ", ", like.scalar_type());
+  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, " has dtype ", dtype_name(t.scalar_type()),
+                   "; it takes that of ", like_name, ", ", dtype_name(like.scalar_type()));
   TORCH_CHECK_VALUE(t.device() == like.device(), name, " is on ", t.device(), ", but ", like_name, " is on ",
                     like.device());
   TORCH_CHECK_VALUE(t.sym_sizes() == like.sym_sizes(), name, " has shape ", t.sym_sizes(), "; it takes that of ",

@@ -1,11 +1,16 @@
 // What the operators take. Each check throws a TypeError or ValueError that names the argument.
 #pragma once
 
+#include <string>
+
 #include "leaf_ops.h"
 
 namespace leaf_cuda {
 
 constexpr const char* kNames[] = {"p1", "p2", "p3", "p4"};
+
+// As Python has it: "torch.float32".
+std::string dtype_name(at::ScalarType type);
 
 // How messages call the operator and its u.
 struct Names {

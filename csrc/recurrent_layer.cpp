@@ -6,8 +6,8 @@ namespace leaf_cuda {
 namespace {
 
 void check_tensor(const std::string& name, const Tensor& t, const Tensor& x, c10::SymIntArrayRef sizes) {
-  TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), name, " has dtype ", t.scalar_type(), "; it takes that of x, ",
-                   x.scalar_type());
+  TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), name, " has dtype ", dtype_name(t.scalar_type()),
+                   "; it takes that of x, ", dtype_name(x.scalar_type()));
   TORCH_CHECK_VALUE(t.device() == x.device(), name, " is on ", t.device(), ", but x is on ", x.device());
   TORCH_CHECK_VALUE(t.sym_sizes() == sizes, name, " has shape ", t.sym_sizes(), "; it takes ", sizes);
 }
@@ -28,8 +28,8 @@ void check_layer(const Layer& l) {
     const Tensor& sizes = *l.batch_sizes;
     TORCH_CHECK_TYPE(
         sizes.scalar_type() == at::kLong && sizes.dim() == 1 && (sizes.is_cpu() || (sizes.is_meta() && x.is_meta())),
-        function, ": batch_sizes is of dtype ", sizes.scalar_type(), " and shape ", sizes.sym_sizes(), " on ",
-        sizes.device(), "; it takes Long and (steps) on cpu");
+        function, ": batch_sizes is of dtype ", dtype_name(sizes.scalar_type()), " and shape ", sizes.sym_sizes(),
+        " on ", sizes.device(), "; it takes torch.int64 and (steps) on cpu");
   } else {
     TORCH_CHECK_VALUE(x.sym_size(0).sym_gt(0).guard_bool(__FILE__, __LINE__), function, ": x has shape ", x.sym_sizes(),
                       "; it takes one step or more");

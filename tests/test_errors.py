@@ -23,18 +23,34 @@ CASES = {
     "integer u": (
         lambda: leaf(u(torch.int32), p(), None, p(), None),
         TypeError,
-        ["u ", "Int", "Double, Float, BFloat16"],
+        ["u ", "torch.int32", "torch.float64, torch.float32, torch.bfloat16"],
     ),
-    "integer u, numbers": (lambda: leaf(u(torch.int32), 1, None, 1, None), TypeError, ["u ", "Int", "Float"]),
-    "bool u": (lambda: leaf(u(torch.bool), p(), None, p(), None), TypeError, ["u ", "Bool", "Float"]),
-    "complex u": (lambda: leaf(u(torch.complex64), p(), None, p(), None), TypeError, ["u ", "ComplexFloat", "Float"]),
+    "integer u, numbers": (
+        lambda: leaf(u(torch.int32), 1, None, 1, None),
+        TypeError,
+        ["u ", "torch.int32", "torch.float32"],
+    ),
+    "bool u": (lambda: leaf(u(torch.bool), p(), None, p(), None), TypeError, ["u ", "torch.bool", "torch.float32"]),
+    "complex u": (
+        lambda: leaf(u(torch.complex64), p(), None, p(), None),
+        TypeError,
+        ["u ", "torch.complex64", "torch.float32"],
+    ),
     "complex u, numbers": (
         lambda: leaf(u(torch.complex64), 1, None, 1, None),
         TypeError,
-        ["u ", "ComplexFloat", "Float"],
+        ["u ", "torch.complex64", "torch.float32"],
     ),
-    "float8 u": (lambda: leaf(u(torch.float8_e4m3fn), p(), None, p(), None), TypeError, ["u ", "Float8", "Float"]),
-    "float8 u, numbers": (lambda: leaf(u(torch.float8_e4m3fn), 1, None, 1, None), TypeError, ["u ", "Float8", "Float"]),
+    "float8 u": (
+        lambda: leaf(u(torch.float8_e4m3fn), p(), None, p(), None),
+        TypeError,
+        ["u ", "torch.float8_e4m3fn", "torch.float32"],
+    ),
+    "float8 u, numbers": (
+        lambda: leaf(u(torch.float8_e4m3fn), 1, None, 1, None),
+        TypeError,
+        ["u ", "torch.float8_e4m3fn", "torch.float32"],
+    ),
     "sparse u": (lambda: leaf(u().to_sparse(), p(), None, p(), None), TypeError, ["u ", "Sparse", "Strided"]),
     "sparse parameter": (lambda: leaf(u(), p(), None, p(5).to_sparse(), None), TypeError, ["p3", "Sparse", "Strided"]),
     "list for u": (lambda: leaf([1.0], p(), None, p(), None), TypeError, ["u ", "list", "tensor"]),
@@ -49,52 +65,56 @@ CASES = {
     "string for beta": (lambda: ahaf(u(), "1", p()), TypeError, ["ahaf: beta", "str", "tensor"]),
     "None for gamma": (lambda: ahaf(u(), p(), None), TypeError, ["ahaf: gamma", "NoneType", "tensor"]),
     "shape of gamma": (lambda: ahaf(u(), p(), p(7)), ValueError, ["ahaf: gamma", "[7]", "take 1 or"]),
-    "integer parameter": (lambda: leaf(u(), p(), p(dtype=torch.int64), p(), None), TypeError, ["p2", "Long", "Float"]),
+    "integer parameter": (
+        lambda: leaf(u(), p(), p(dtype=torch.int64), p(), None),
+        TypeError,
+        ["p2", "torch.int64", "torch.float32"],
+    ),
     "float64 parameters": (
         lambda: leaf(u(), *[p(dtype=torch.float64)] * 4),
         TypeError,
-        ["p1", "Double", "u ", "Float"],
+        ["p1", "torch.float64", "u ", "torch.float32"],
     ),
     "half parameters, a number": (
         lambda: leaf(u(), p(dtype=torch.bfloat16), None, 1.0, None),
         TypeError,
-        ["p1", "BFloat16", "u ", "Float"],
+        ["p1", "torch.bfloat16", "u ", "torch.float32"],
     ),
     "half parameters of another type, a number": (
         lambda: leaf(u(torch.bfloat16), p(dtype=torch.bfloat16), 0.0, p(dtype=torch.float16), None),
         TypeError,
-        ["p3", "Half", "u ", "BFloat16"],
+        ["p3", "torch.float16", "u ", "torch.bfloat16"],
     ),
     "number for backend_for": (lambda: leaf_cuda.backend_for(3), TypeError, ["tensor ", "int", "torch.Tensor"]),
     "one float64 parameter": (
         lambda: leaf(u(), p(), None, p(), p(dtype=torch.float64)),
         TypeError,
-        ["p4", "Double", "Float"],
+        ["p4", "torch.float64", "torch.float32"],
     ),
     "float32 parameters, float64 u": (
         lambda: leaf(u(torch.float64), *[p()] * 4),
         TypeError,
-        ["p1", "Float", "u ", "Double"],
+        ["p1", "torch.float32", "u ", "torch.float64"],
     ),
     "half parameters, float32 u": (
         lambda: leaf(u(), *[p(dtype=torch.float16)] * 4),
         TypeError,
-        ["p1", "Half", "u ", "Float"],
+        ["p1", "torch.float16", "u ", "torch.float32"],
     ),
     "float64 parameters, half u": (
         lambda: leaf(u(torch.float16), *[p(dtype=torch.float64)] * 4),
         TypeError,
-        ["p1", "Double", "Half or Float"],
+        ["p1", "torch.float64", "torch.float16 or torch.float32"],
     ),
     "bfloat16 parameters, float16 u": (
         lambda: leaf(u(torch.float16), *[p(dtype=torch.bfloat16)] * 4),
         TypeError,
-        ["p1", "BFloat16", "Half or Float"],
+        ["p1", "torch.bfloat16", "torch.float16 or torch.float32"],
     ),
     "mixed parameters": (
         lambda: leaf(u(torch.float16), p(dtype=torch.float16), None, p(), None),
         TypeError,
-        ["p3", "Float", "p1", "Half", "one dtype"],
+        ["p3", "torch.float32", "p1", "torch.float16", "one dtype"],
     ),
     "parameter elsewhere": (
         lambda: leaf(u(), p(), None, p(device="meta"), None),
@@ -141,7 +161,7 @@ CASES = {
     "grad's dtype": (
         lambda: BACKWARD(u(torch.float64), u(), p(), None, p(), None, MASK),
         TypeError,
-        ["grad", "Double", "u, Float"],
+        ["grad", "torch.float64", "u, torch.float32"],
     ),
     "grad's shape": (
         lambda: BACKWARD(u()[:2], u(), p(), None, p(), None, MASK),
@@ -166,7 +186,7 @@ CASES = {
     "backward's u": (
         lambda: BACKWARD(u(torch.int32), u(torch.int32), p(), None, p(), None, MASK),
         TypeError,
-        ["u ", "Int"],
+        ["u ", "torch.int32"],
     ),
     "wrong size of the mask": (lambda: BACKWARD(u(), u(), p(), None, p(), None, [True] * 4), RuntimeError, ["4", "5"]),
     # ---- modules
@@ -207,7 +227,11 @@ CASES = {
     "complex dtype": (lambda: LEAF(dtype=torch.complex64), TypeError, ["dtype", "complex64", "floating-point"]),
     "string for dtype": (lambda: LEAF(dtype="float32"), TypeError, ["dtype", "float32", "floating-point"]),
     "size does not fit u": (lambda: LEAF(size=(4,))(u()), ValueError, ["p1", "[4]", "[4, 5]"]),
-    "module's dtype does not fit u": (lambda: LEAF()(u(torch.float64)), TypeError, ["p1", "Float", "u ", "Double"]),
+    "module's dtype does not fit u": (
+        lambda: LEAF()(u(torch.float64)),
+        TypeError,
+        ["p1", "torch.float32", "u ", "torch.float64"],
+    ),
 }
 
 

@@ -504,7 +504,7 @@ def test_fallback_in_code_of_no_module(no_cpu_kernel):
 def test_fallback_checks_its_arguments(no_cpu_kernel):
     with pytest.raises(ValueError, match=r"p3 of shape \[4\]"):
         leaf_cuda.leaf(torch.ones(4, 5), torch.ones(1), None, torch.ones(4), None)
-    with pytest.raises(TypeError, match="p1 has dtype Double"):
+    with pytest.raises(TypeError, match="p1 has dtype torch.float64"):
         leaf_cuda.leaf(torch.ones(4, 5), torch.ones(1).double(), None, torch.ones(1).double(), None)
     with pytest.raises(ValueError, match="p1 is on meta"):
         leaf_cuda.leaf(torch.ones(4, 5), torch.ones(1, device="meta"), None, torch.ones(1), None)

@@ -796,10 +796,10 @@ def changed(name, tensor):
 @pytest.mark.parametrize(
     "name, tensor, error, message",
     [
-        ("x", torch.zeros(3, 4, 4).long(), TypeError, "leaf_lstm: x has dtype Long"),
+        ("x", torch.zeros(3, 4, 4).long(), TypeError, "leaf_lstm: x has dtype torch.int64"),
         ("x", torch.zeros(3, 4, **float64), ValueError, "leaf_lstm: x has shape"),
         ("x", torch.zeros(3, 5, 4, **float64), ValueError, "leaf_lstm: h has shape"),
-        ("h", torch.zeros(4, 5), TypeError, "leaf_lstm: h has dtype Float"),
+        ("h", torch.zeros(4, 5), TypeError, "leaf_lstm: h has dtype torch.float32"),
         ("h", torch.zeros(20, **float64), ValueError, r"leaf_lstm: h has shape \[20\]; it takes \(batch, hidden\)"),
         ("c", torch.zeros(4, 6, **float64), ValueError, "leaf_lstm: c has shape"),
         ("weight_ih", torch.zeros(20, 3, **float64), ValueError, "leaf_lstm: weight_ih has shape"),
@@ -807,7 +807,7 @@ def changed(name, tensor):
         ("bias_ih", torch.zeros(5, **float64), ValueError, "leaf_lstm: bias_ih has shape"),
         ("bias_hh", torch.zeros(20, device="meta", **float64), ValueError, "leaf_lstm: bias_hh is on meta"),
         ("p2", torch.zeros(3, 5, **float64), ValueError, r"leaf_lstm: p2 has shape \[3, 5\]; it takes \(5, 1\) or"),
-        ("p3", torch.zeros(5, 5), TypeError, "leaf_lstm: p3 has dtype Float"),
+        ("p3", torch.zeros(5, 5), TypeError, "leaf_lstm: p3 has dtype torch.float32"),
         ("batch_sizes", torch.tensor([4]), ValueError, "leaf_lstm: x has shape"),
         ("weight_hh", torch.zeros(20, 5, **float64).to_sparse(), TypeError, "leaf_lstm: weight_hh has layout"),
     ],
