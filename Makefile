@@ -15,7 +15,7 @@ SOURCES := $(shell find csrc leaf_cuda -name '*.py' -o -name '*.cpp' -o -name '*
 
 PYTHON_SOURCES := benchmarks examples leaf_cuda tests setup.py
 version_of = $(shell sed -n '/$(1)$$/{n;s/.*rev: v//p}' .pre-commit-config.yaml)
-FORMATTERS := ruff==$(call version_of,ruff-pre-commit) clang-format==$(call version_of,mirrors-clang-format)
+FORMATTERS = ruff==$(call version_of,ruff-pre-commit) clang-format==$(call version_of,mirrors-clang-format)
 
 .PHONY: bench demo test test-cpp test-slow gpu-check report install lint format clean
 
@@ -69,7 +69,8 @@ lint format: $(VENV)/.dependencies
 	$(BIN)/python -m pip install --quiet $(FORMATTERS)
 	$(BIN)/ruff check $(if $(filter format,$@),--fix) .
 	$(BIN)/ruff format $(if $(filter lint,$@),--check) $(PYTHON_SOURCES)
-	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format $(if $(filter lint,$@),--dry-run -Werror,-i)
+	find csrc tests benchmarks examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	    | xargs $(BIN)/clang-format $(if $(filter lint,$@),--dry-run -Werror,-i)
 
 clean:
 	rm -rf build dist .venv* *.egg-info

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parent.resolve()
 PUBLISHED_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 
-# What is built works with one minor version of torch only, and requires that.
-SUPPORTED_TORCH = "torch>=2.11,<2.15"
+# The oldest and the newest version of torch. What is built works with one minor version only, and requires that.
+SUPPORTED_TORCH = (2, 11), (2, 14)
 
 
 def sources(*parts):
@@ -129,7 +129,11 @@ def extension_and_command():
                     "--no-build-isolation: pip install --no-build-isolation ."
                 )
 
-        return Extension("leaf_cuda._C", sources("core", "python")), BuildWithoutTorch, SUPPORTED_TORCH
+        (major, oldest), (_, newest) = SUPPORTED_TORCH
+        requirement = f"torch>={major}.{oldest},<{major}.{newest + 1}"
+        return Extension("leaf_cuda._C", sources("core", "python")), BuildWithoutTorch, requirement
+
+    release = tuple(map(int, torch.__version__.split(".")[:2]))
 
     settings = cuda_settings(torch)
     if settings:
@@ -163,6 +167,9 @@ def extension_and_command():
             self.build_temp = str(ROOT / "build" / f"temp-{sys.implementation.cache_tag}-torch-{torch.__version__}")
 
         def run(self):
+            if not SUPPORTED_TORCH[0] <= release <= SUPPORTED_TORCH[1]:
+                oldest, newest = (".".join(map(str, version)) for version in SUPPORTED_TORCH)
+                sys.exit(f"leaf_cuda: torch {torch.__version__} is installed; it takes {oldest} to {newest}")
             compile_args, extension.extra_link_args = openmp(torch, cpp_extension.get_cxx_compiler())
             extension.extra_compile_args["cxx"] += compile_args
             super().run()
@@ -170,7 +177,7 @@ def extension_and_command():
             built = f"torch = {torch.__version__!r}\ncuda = {torch.version.cuda if settings else None!r}\n"
             Path(self.get_ext_fullpath("leaf_cuda._C")).with_name("_build.py").write_text(built)
 
-    return extension, Build, f"torch=={'.'.join(torch.__version__.split('.')[:2])}.*"
+    return extension, Build, "torch=={}.{}.*".format(*release)
 
 
 extension, command, requirement = extension_and_command()

@@ -142,7 +142,7 @@ def commit() -> str:
 
 
 def last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1].strip("= ") if lines else ""
 
 
@@ -176,12 +176,17 @@ def main() -> int:
     }
     (folder / "machine.json").write_text(json.dumps(machine, indent=1) + "\n")
 
+    # Of an earlier run.
+    shutil.rmtree(folder / "logs", ignore_errors=True)
+    tables = [f"{name}.md" for name in MORE_BENCHMARKS]
+    for path in (*map(folder.joinpath, (*RESULT_FILES.values(), *tables, "summary.txt")), *folder.glob("*.png")):
+        path.unlink(missing_ok=True)
+
     run = Run(folder)
     python = sys.executable
     run.environment["FORCE_CUDA"] = "1"
     tests = test_commands(run.logs)
     full = folder / RESULT_FILES["json"]
-    full.unlink(missing_ok=True)  # of an earlier run
     build = [python, "setup.py", "build_ext", "--inplace"]
     if run.step("build", {"build": build}, seconds=300, NVCC_APPEND_FLAGS="-lineinfo"):  # for compute-sanitizer
         threads = str(os.cpu_count() // TEST_PROCESSES or 1)
@@ -219,7 +224,8 @@ def main() -> int:
             run.skip(name, "the build failed")
 
     summary = [f"{name}: {outcome}" for name, outcome in run.outcomes.items()]
-    summary += [f"{name}: {last_line(run.logs / f'{name}.log')}" for name in tests]
+    logs = {name: run.logs / f"{name}.log" for name in tests}
+    summary += [f"{name}: {last_line(log)}" for name, log in logs.items() if log.exists()]
     (folder / "summary.txt").write_text("\n".join(summary) + "\n")
     print(
         f"\ngpu-check on {device}, commit {machine['commit'][:12]}, {time.monotonic() - run.started:.0f} s, in {folder}"

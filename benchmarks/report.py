@@ -42,6 +42,8 @@ def section(device: str) -> str:
     lines = []
     for case in cases(device, quick=True):
         found = rows_of(case, rows)
+        if ("both", "fused") not in found:  # a run may be cut short
+            continue
         ratios = [f"{1 / found[key]['over_fused']:.2f}" if key in found else "" for key in over]
         lines.append([*case.labels(), f"{found['both', 'fused']['median_ms']:.3g}", *ratios])
     headers = ["u", "parameters", "LEAF, ms"]

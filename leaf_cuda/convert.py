@@ -104,7 +104,7 @@ def replace_activations(
 
     Each place gets parameters of its own, also where one parameterless module, ``act = nn.ReLU()``, stands in several. A
     place that its module calls several times has one set for all; where their inputs take several sizes, each call gets
-    its own, if the forward can be traced.
+    its own, if it is a child of the module whose forward calls it, and that can be traced.
     An activation that worked in place does so no more. A call whose input is used again behind it is left alone; of a
     module, ``nn.ReLU(inplace=True)``, and of an input used again through a view, only ``output_difference`` shows it.
     Make the optimizer, and wrap in DDP or FSDP, afterwards. To load a state dict of the result, call this with the same
@@ -166,6 +166,8 @@ def freeze_weights(model: nn.Module) -> list[nn.Parameter]:
         p.requires_grad_(False)
     return frozen
 
+
+_RECURRENT = "its activations are inside torch's own recurrent step; leaf_cuda.nn has LSTM and GRU with LEAF"
 
 #: torch's own layers that hold an activation as a function, and whose forwards are not traced.
 _WITH_ACTIVATION = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -242,6 +244,8 @@ class _Place:
     old: nn.Module
     label: str
     options: dict
+    is_child: bool = False  # it stands there in the model itself, not as a function or a call
+    of_module: str | None = None  # the module of which it is a call
     inputs: list[tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=list)
 
 
@@ -262,6 +266,7 @@ class _Conversion:
         self.model, self.defaults, self.rules, self.inputs = model, defaults, rules, inputs
         self.refused, self.split, self.undo = refused, split, undo
         self.not_split = dict(split)
+        self.still_called: dict[str, None] = {}  # of those that were split
         self.refused_now: dict[str, str] = {}
         self.module_calls: list[tuple[str, tuple, dict]] = []  # of traced forwards: whom, with what
         self.report = Report()
@@ -274,11 +279,11 @@ class _Conversion:
     def run(self) -> Report:
         before = self._outputs()
         modules = list(self.model.named_modules())
-        if isinstance(self.model, (*self.activations, nn.RNNBase, nn.RNNCellBase)) and not isinstance(
-            self.model, Recurrent
-        ):
+        if isinstance(self.model, self.activations):
             reason = "it is the model itself; it takes a module that has it, such as nn.Sequential(model)"
             self._keep("the model", self.model, reason)
+        elif isinstance(self.model, (nn.RNNBase, nn.RNNCellBase)) and not isinstance(self.model, Recurrent):
+            self._keep("the model", self.model, _RECURRENT)
         for name, module in modules:
             if module in self.inside:
                 continue
@@ -296,7 +301,10 @@ class _Conversion:
         self._outputs()
         self._replace()
         self.report.kept += [Kept(str(key), "rule", "it matches no activation") for key in self.unmatched]
+        self.still_called.clear()
         after = self._outputs()
+        for path in self.still_called.keys() & {place.of_module for place in self.places}:
+            self._keep(path, self.model.get_submodule(path), "its calls by other modules; its own module's have theirs")
         if before is not None:
             self.report.output_difference = _difference(before, after)
             self.report.largest_output = _difference(before, [torch.zeros_like(t) for t in before])
@@ -314,10 +322,7 @@ class _Conversion:
             if isinstance(child, Recurrent):
                 continue
             if isinstance(child, (nn.RNNBase, nn.RNNCellBase)):
-                reason = (
-                    "its activations are inside torch's own recurrent step; leaf_cuda.nn has LSTM and GRU with LEAF"
-                )
-                self._keep(path, child, reason)
+                self._keep(path, child, _RECURRENT)
             elif isinstance(child, torch.jit.ScriptModule) and not isinstance(module, torch.jit.ScriptModule):
                 self.report.kept.append(Kept(path, type(child).__name__, "TorchScript cannot be changed"))
             elif (options := self._decide(path, child)) is not None:
@@ -325,7 +330,7 @@ class _Conversion:
                     self._keep(path, child, "it has hooks, which would be lost")
                 else:
                     own = child if list(child.parameters()) else copy.deepcopy(child)
-                    self._add(_Place(path, module, attribute, own, repr(child), options))
+                    self._add(_Place(path, module, attribute, own, repr(child), options, is_child=True))
 
     def _find_functions(self, name: str, module: nn.Module) -> None:
         """Functions in attributes, nn.TransformerEncoderLayer's among them, and functools.partial of them."""
@@ -390,7 +395,7 @@ class _Conversion:
             if isinstance(fixed, str):
                 self.report.kept.append(Kept(path, label, fixed))
             elif (options := self._decide(path, fixed, of_module)) is not None:
-                accepted[node.name] = _Place(path, module, attribute, fixed, label, options)
+                accepted[node.name] = _Place(path, module, attribute, fixed, label, options, of_module=of_module)
         if not accepted:
             return
         if own is not cls:
@@ -421,8 +426,12 @@ class _Conversion:
         kind = type(fixed)
         if not isinstance(fixed, self.activations):
             return None
-        name = of_module or path
-        matches = (key for key in self.rules if key is kind or isinstance(key, str) and fnmatchcase(name, key))
+        names = {path, of_module or path}
+        matches = (
+            key
+            for key in self.rules
+            if key is kind or isinstance(key, str) and any(fnmatchcase(name, key) for name in names)
+        )
         key = next(matches, None)
         self.unmatched.pop(key, None)
         rule = {} if key is None else self.rules[key]
@@ -530,12 +539,19 @@ class _Conversion:
                     place.inputs.append((u.shape, u.dtype, u.device))
 
                 contexts.enter_context(_removing(place.old.register_forward_pre_hook(hook, with_kwargs=True)))
+            for path in self.split.keys() - self.not_split.keys():
+
+                def still_called(module, args, path=path):
+                    self.still_called[path] = None
+
+                module = self.model.get_submodule(path)
+                contexts.enter_context(_removing(module.register_forward_pre_hook(still_called)))
             contexts.enter_context(_evaluating(self.model))
             contexts.enter_context(torch.compiler.set_stance("force_eager"))  # compiled calls pass hooks by
             contexts.enter_context(torch.random.fork_rng())
             contexts.enter_context(torch.no_grad())
             torch.manual_seed(0)
-            inputs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.inputs)  # it may change them
+            inputs = tree_map(_copied, dict(self.inputs) if isinstance(self.inputs, Mapping) else self.inputs)
             try:
                 result = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(*inputs)
             finally:
@@ -576,7 +592,7 @@ class _Conversion:
             sizes = {_size(shape, options) for shape, _, _ in place.inputs}
             if len(sizes) > 1:
                 reason = f"it is called with inputs that take parameters of several sizes, {sorted(sizes)}"
-                if list(place.old.parameters()) or place.label.startswith("function "):
+                if list(place.old.parameters()) or not place.is_child:
                     raise _KeptFor(reason)
                 self.split[place.name] = reason
                 raise _KeptFor("")
@@ -661,6 +677,11 @@ def _form_difference(old: nn.Module, new: LearnableActivation) -> float | None:
             if type(old) in FIXED:
                 raise
             return None
+
+
+def _copied(x):
+    """A tensor's copy, which the model may change."""
+    return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
 
 
 def _values(t: Tensor) -> Tensor:

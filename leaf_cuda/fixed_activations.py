@@ -57,8 +57,6 @@ FIXED: dict[type[nn.Module], Fixed] = {
 }
 
 _MODULE_OF = {call: kind for kind, fixed in FIXED.items() for call in (*fixed.calls, *fixed.in_place)}
-#: What calls of them are written as: `F.relu(x)`, `x.relu()`.
-CALLED_NAMES = {call if isinstance(call, str) else call.__name__ for call in _MODULE_OF}
 _IN_PLACE = {call for fixed in FIXED.values() for call in fixed.in_place}
 
 
@@ -73,3 +71,9 @@ def module_type(call: Callable | str) -> type[nn.Module] | None:
 def is_in_place(call: Callable | str) -> bool:
     """Of one that has a :func:`module_type`: whether it always changes its input."""
     return call in _IN_PLACE
+
+
+#: What calls of them are written as: `F.relu(x)`, `x.relu()`.
+CALLED_NAMES = {call for call in _MODULE_OF if isinstance(call, str)}.union(
+    name for scope in (F, torch, torch.special) for name, value in vars(scope).items() if module_type(value)
+)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .fixed_activations import CALLED_NAMES, is_in_place, module_type
+from .fixed_activations import CALLED_NAMES, FIXED, is_in_place, module_type
 
 
 def called_name(node: fx.Node) -> str:
@@ -337,9 +337,10 @@ def _copying(module: nn.Module) -> Callable[[], nn.Module]:
 
 
 def names_an_activation(cls: type[nn.Module]) -> bool:
-    """Whether the class's forward, or a function or method of the user's that it names, names a fixed activation's function
-    or method: if not, hardly one is called there."""
-    functions, seen = [cls.forward], set()
+    """Whether the class's forward, or a function or method of the user's that it names, names a fixed activation, by one of
+    its calls or its module's class: if not, hardly one is called there."""
+    classes = [c for c in cls.__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
+    functions, seen = [vars(c)["forward"] for c in classes if "forward" in vars(c)], set()
     while functions:
         function = inspect.unwrap(functions.pop())
         if not isinstance(function, FunctionType):
@@ -348,13 +349,14 @@ def names_an_activation(cls: type[nn.Module]) -> bool:
             continue
         seen.add(function)
         names = _names(function.__code__)
-        if names & CALLED_NAMES:
-            return True
         known = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
         scopes = [known, *(vars(known[name]) for name in names if isinstance(known.get(name), ModuleType))]
+        scopes += map(vars, classes)
         named = [scope[name] for scope in scopes for name in names if name in scope]
-        named += [inspect.getattr_static(cls, name, None) for name in names]
-        functions += [f for f in (getattr(f, "__func__", f) for f in named) if isinstance(f, FunctionType)]
+        named = [getattr(x, "__func__", x) for x in named]
+        if names & CALLED_NAMES or any(isinstance(x, type) and x in FIXED or module_type(x) for x in named):
+            return True
+        functions += [x for x in named if isinstance(x, FunctionType)]
     return False
 
 

@@ -885,10 +885,80 @@ def test_partial_and_unknown_functions():
         replace_activations(unknown)
 
 
-def test_model_that_is_an_activation():
-    for model in (nn.ReLU(), nn.LSTM(3, 4)):
-        with pytest.warns(UserWarning, match="it is the model itself"):
-            replace_activations(model)
+@pytest.mark.parametrize(
+    "model, reason", [(nn.ReLU(), "it is the model itself"), (nn.LSTM(3, 4), "leaf_cuda.nn has LSTM and GRU")]
+)
+def test_model_that_is_an_activation(model, reason):
+    with pytest.warns(UserWarning, match=reason):
+        replace_activations(model)
+
+
+class Head(nn.Module):
+    """Called with several sizes itself."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.act, self.body = nn.ReLU(), body
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+@pytest.mark.parametrize(
+    "body, kept", [(lambda self, x: F.relu(x) * 2, "0.relu"), (lambda self, x: self.act(self.act(x)), "0.act_leaf1")]
+)
+def test_calls_of_several_sizes(body, kept):
+    """Of a call there is one place: it is kept."""
+
+    class Pyramid(nn.Sequential):
+        def forward(self, x):
+            return self[0](x).sum() + self[0](x[:, :3]).sum() + self[1](x).sum()
+
+    report = replace_activations(Pyramid(Head(body), nn.SiLU()), granularity="element", example_inputs=X)
+    assert [r.name for r in report.replaced] == ["1"]
+    assert "several sizes" in {k.name: k.reason for k in report.kept}[kept]
+    assert not any("other modules" in k.reason for k in report.kept)
+
+
+def test_module_called_by_another_too():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = Head(lambda self, x: self.act(x).sum() + self.act(x[:, :2]).sum())
+
+        def forward(self, x):
+            return self.head(x) + self.head.act(x).sum()
+
+    report = replace_activations(Outer(), granularity="element", example_inputs=X)
+    assert [r.name for r in report.replaced] == ["head.act_leaf1", "head.act_1"]
+    assert [k.name for k in report.kept] == ["head.act"] and "its calls by other modules" in report.kept[0].reason
+    rules = {"head.act_1": None}  # by the name in the report
+    report = replace_activations(Outer(), granularity="element", example_inputs=X, rules=rules)
+    assert [r.name for r in report.replaced] == ["head.act_leaf1"]
+
+
+class Named(dict):
+    pass
+
+
+@pytest.mark.parametrize("make", [dict, Named, collections.UserDict])
+def test_inputs_by_name_are_copied(make):
+    """With what they require: a model may differentiate by its input."""
+
+    class Energy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.SiLU()
+
+        def forward(self, x):
+            with torch.enable_grad():
+                (force,) = torch.autograd.grad(self.act(x).sum(), x)
+            x.detach().add_(1)
+            return force
+
+    x = X.clone().requires_grad_()
+    report = replace_activations(Energy(), example_inputs=make(x=x))
+    assert torch.equal(x, X) and len(report.replaced) == 1 and report.output_difference < 1e-6
 
 
 def test_forwards_without_activations_are_not_reported():
@@ -898,8 +968,33 @@ def test_forwards_without_activations_are_not_reported():
     def helper(self, x):
         return F.silu(x)
 
-    for body, reported in ((lambda self, x: x if x.sum() > 0 else -x, False), (calls_a_helper, True)):
-        model = nn.Sequential(make_forward(body), nn.ReLU())
+    softly = F.softplus
+
+    class Child(Head):
+        act = staticmethod(torch.tanh)
+
+        def __init__(self):
+            nn.Module.__init__(self)
+
+        def forward(self, x):
+            return self.act(x) if x.sum() > 0 else x
+
+    class Grandchild(Child):
+        def forward(self, x):
+            return super().forward(x)
+
+    if_positive = [
+        (lambda self, x: x if x.sum() > 0 else -x, False),
+        (calls_a_helper, True),
+        (lambda self, x: softly(x) if x.sum() > 0 else x, True),
+        (lambda self, x: nn.Mish()(x) if x.sum() > 0 else x, True),
+        (lambda self, x: torch.special.expit(x) if x.sum() > 0 else x, True),
+        (lambda self, x: F.logsigmoid(x) if x.sum() > 0 else x, True),
+        (lambda self, x: x.tanh() if x.sum() > 0 else x, True),
+    ]
+    modules = [(make_forward(body), reported) for body, reported in if_positive]
+    for module, reported in [*modules, (Child(), True), (Grandchild(), True)]:
+        model = nn.Sequential(module, nn.ReLU())
         report = replace_activations(model)
         assert [r.name for r in report.replaced] == ["1"]
         assert [k.name for k in report.kept] == ["0"] * reported

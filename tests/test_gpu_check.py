@@ -38,13 +38,16 @@ def test_outcomes(gpu_check, tmp_path):
 
 def test_what_hangs_is_stopped_with_its_children(gpu_check, tmp_path):
     run = gpu_check.Run(tmp_path)
-    mark = tmp_path / "lives"
-    child = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
+    started = tmp_path / "started"
+    child = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     hangs = python(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])")
-    assert not run.step("step", {"hangs": hangs, "waits": python("")}, seconds=2)
-    assert run.outcomes["step"].startswith("STOPPED after 2 s: hangs, waits (")
-    time.sleep(4)
-    assert not mark.exists()
+    assert not run.step("step", {"hangs": hangs, "waits": python("")}, seconds=5)
+    assert run.outcomes["step"].startswith("STOPPED after 5 s: hangs, waits (")
+    child = Path("/proc", started.read_text())
+    deadline = time.monotonic() + 10
+    while child.exists() and "zombie" not in (child / "status").read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not child.exists() or "zombie" in (child / "status").read_text()
 
 
 def test_so_many_at_a_time(gpu_check, tmp_path):
