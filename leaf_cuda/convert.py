@@ -98,9 +98,9 @@ def replace_activations(
     ``type(x) is ...``, ``x is y`` and ``match x``; but one that computes something else from ``example_inputs`` is not
     taken. A traced module gets the traced ``forward``, under which the values it read from its attributes stay as they
     were, and new children for the calls; its other methods keep theirs. ``deepcopy`` and ``state_dict`` work on it,
-    ``pickle`` refuses it. nn.TransformerEncoder loses its fast path, which made zeros of padded positions in eval mode. Sigmoids and tanhs that are
-    gates or outputs are replaced like others; once trained, these have no bounds, as BCELoss takes them, say: ``rules``
-    leave them alone.
+    ``pickle`` refuses it. nn.TransformerEncoder loses its fast path, which made zeros of padded positions in eval mode.
+    Sigmoids and tanhs that are gates or outputs are replaced like others. Once trained they have no bounds, which BCELoss,
+    say, relies on: ``rules`` leave them alone.
 
     Each place gets parameters of its own, also where one parameterless module, ``act = nn.ReLU()``, stands in several. A
     place that its module calls several times has one set for all; where their inputs take several sizes, each call gets
@@ -266,7 +266,7 @@ class _Conversion:
         self.model, self.defaults, self.rules, self.inputs = model, defaults, rules, inputs
         self.refused, self.split, self.undo = refused, split, undo
         self.not_split = dict(split)
-        self.still_called: dict[str, None] = {}  # of those that were split
+        self.still_called: set[str] = set()  # of those that were split
         self.refused_now: dict[str, str] = {}
         self.module_calls: list[tuple[str, tuple, dict]] = []  # of traced forwards: whom, with what
         self.report = Report()
@@ -303,7 +303,7 @@ class _Conversion:
         self.report.kept += [Kept(str(key), "rule", "it matches no activation") for key in self.unmatched]
         self.still_called.clear()
         after = self._outputs()
-        for path in self.still_called.keys() & {place.of_module for place in self.places}:
+        for path in sorted(self.still_called & {place.of_module for place in self.places}):
             self._keep(path, self.model.get_submodule(path), "its calls by other modules; its own module's have theirs")
         if before is not None:
             self.report.output_difference = _difference(before, after)
@@ -542,7 +542,7 @@ class _Conversion:
             for path in self.split.keys() - self.not_split.keys():
 
                 def still_called(module, args, path=path):
-                    self.still_called[path] = None
+                    self.still_called.add(path)
 
                 module = self.model.get_submodule(path)
                 contexts.enter_context(_removing(module.register_forward_pre_hook(still_called)))
