@@ -1,6 +1,7 @@
-"""Writes the README's tables: the benchmark's, from benchmarks/results/<machine>/full.json (bench_leaf.py --json), and that
-of features, from tests/features/*.json (pytest --features tests/features); and the figures beside full.json, from that
-and sweep*.json, one run or more."""
+"""Writes the result tables of README.md and docs/compatibility.md: those of the benchmark, from
+benchmarks/results/<machine>/full.json (bench_leaf.py --json), and that of features, from tests/features/*.json (pytest
+--features tests/features); and, beside each full.json, the figures made of it and of sweep*.json. It takes any number of
+these files."""
 
 import json
 import re
@@ -75,20 +76,21 @@ def features() -> str:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
+    documents = [ROOT / "README.md", ROOT / "docs/compatibility.md"]
     pattern = r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)"
 
     def table(m: re.Match) -> str:
         return f"{m[1]}{features() if m[2] == 'features' else section(m[2])}{m[3]}"
 
-    text = re.sub(pattern, table, readme.read_text(), flags=re.DOTALL)
+    texts = [re.sub(pattern, table, document.read_text(), flags=re.DOTALL) for document in documents]
     rows = {}
     for folder in filter(Path.is_dir, RESULTS.iterdir()):
         paths = [*folder.glob("full.json"), *sorted(folder.glob("sweep*.json"))]
         rows[folder] = [row for path in paths for row in read(path, "rows")[0]]
     for folder, of_folder in rows.items():
         plots.write(of_folder, folder)
-    readme.write_text(text)
+    for document, text in zip(documents, texts):
+        document.write_text(text)
 
 
 if __name__ == "__main__":
