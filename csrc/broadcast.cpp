@@ -17,13 +17,13 @@ int64_t stride_along(const at::Tensor& parameter, int64_t d, int64_t dim) {
   return size_along(parameter, d, dim) == 1 ? 0 : parameter.stride(d - dim + parameter.dim());
 }
 
-// A dimension of an array that is added to another, and the strides of both; of the other's, 0 where it is summed over.
+// A dimension of an array that is added to another, and both arrays' strides; the other's is 0 where it is summed over.
 struct Dimension {
   int64_t size, from, to;
 };
 using Dimensions = c10::SmallVector<Dimension, 5>;
 
-// Of two arrays of one shape, as few as there are.
+// The dimensions of two arrays of the same shape, merged into as few as possible.
 Dimensions dimensions_of(const at::Tensor& from, const at::Tensor& to) {
   Dimensions result;
   for (int64_t d = 0; d < from.dim(); ++d) {
@@ -38,7 +38,7 @@ Dimensions dimensions_of(const at::Tensor& from, const at::Tensor& to) {
   return result;
 }
 
-// f(from, to), the offsets of each index of the dimensions, in order.
+// Calls f(from, to) with the two offsets of each index of the dimensions, in order.
 template <class F>
 void walk(at::ArrayRef<Dimension> dimensions, int64_t from, int64_t to, const F& f) {
   if (dimensions.empty()) return f(from, to);
@@ -46,14 +46,15 @@ void walk(at::ArrayRef<Dimension> dimensions, int64_t from, int64_t to, const F&
   for (int64_t i = 0; i < d.size; ++i) walk(dimensions.slice(1), from + i * d.from, to + i * d.to, f);
 }
 
-// to += from, summed over. Every sum is made in double and in memory order, then added once. (at::sum divides a tensor
-// among the threads there are, so that its result depends on their number.)
+// to += from, summed over where `to` has stride 0. Every sum is made in double, in an order fixed by the shape, and
+// added once. (at::sum divides a tensor among the available threads, so that its result depends on their number.)
 template <class T, class A>
 void add_in_order(const T* from, const Dimensions& dimensions, A* to) {
   constexpr int64_t kLanes = 64;
   Dimensions kept, summed;
   for (const Dimension& d : dimensions) (d.to ? kept : summed).push_back(d);
-  // Lines of the last dimension, which is contiguous: side by side where it is kept; else all in the same lanes.
+  // Lines of the last dimension, which is contiguous: where it is kept, each lane is a sum of its own; where it is
+  // summed over, all lanes belong to one sum.
   const Dimension line = dimensions.empty() ? Dimension{1, 1, 1} : dimensions.back();
   Dimensions& own = line.to ? kept : summed;
   if (!dimensions.empty()) own.pop_back();
@@ -73,7 +74,7 @@ void add_in_order(const T* from, const Dimensions& dimensions, A* to) {
   });
 }
 
-// f(p), p the tensor's data as double* or float*
+// Calls f with the tensor's data as double* or float*.
 template <class F>
 void dispatch_arithmetic(const at::Tensor& t, F f) {
   t.scalar_type() == at::kDouble ? f(t.mutable_data_ptr<double>()) : f(t.mutable_data_ptr<float>());
@@ -113,7 +114,7 @@ std::optional<Broadcast::Matrix> Broadcast::matrix(at::ArrayRef<const at::Tensor
   for (size_t k = run_.size(); k-- > 0;) {
     const int64_t size = run_size(k);
     if (size == 1) continue;
-    // f(the tensor's strides, its stride here) for all of them
+    // Calls f(a tensor's strides, its stride along this dimension) for each; false as soon as f returns false.
     const auto all = [&](auto f) {
       for (size_t t = 0; t < tensors.size(); ++t)
         if (tensors[t]->defined() && !f(result.strides[t], stride_along(*tensors[t], run_[k], sizes_.size())))
@@ -172,7 +173,7 @@ void Broadcast::add(const at::Tensor& flat, const Window& window, const at::Tens
   at::DimVector summed;
   for (int64_t d = 0; d < to.dim(); ++d)
     if (to.size(d) != from.size(d)) summed.push_back(d);
-  // Summed in its own type: with another for the sum, CUDA would copy all of it to that first.
+  // Summed in its own dtype: with another one for the sum, CUDA would first copy the whole tensor to that.
   to.add_(summed.empty() ? from : from.sum(summed, /*keepdim=*/true));
 }
 

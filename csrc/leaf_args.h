@@ -1,4 +1,4 @@
-// What a backend's loops are given: plain pointers and a plan.
+// The arguments of a backend's loops: plain pointers and a plan.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -12,9 +12,9 @@ struct ParameterIndex {
   int64_t row, column;
 };
 
-// A plan's `count` parameters, in its order, as a matrix of which a tensor's rows and columns may lie any distance from
-// one another: so tensors are taken as they lie. In the plan's order, one row; per element with u in channels_last, H·W
-// rows of C.
+// A plan's `count` parameters, in the plan's order, as a row-major matrix. A tensor may have any strides from row to
+// row and from column to column, so that it is used in place. Tensors that lie in the plan's order make a single row;
+// per element with u in channels_last, there are H·W rows of C columns.
 struct ParameterMatrix {
   int64_t rows, columns;
 
@@ -22,7 +22,7 @@ struct ParameterMatrix {
     const int64_t row = rows == 1 ? 0 : k / columns;
     return {row, k - row * columns};
   }
-  // The next one; of the last, the first.
+  // Moves to the next index, from the last one to the first.
   LEAF_FUNCTION void advance(ParameterIndex& i) const {
     if (++i.column < columns) return;
     i.column = 0;
@@ -30,14 +30,14 @@ struct ParameterMatrix {
   }
 };
 
-// A tensor's distances, in elements, from row to row and from column to column; 0 where it does not vary.
+// A tensor's strides in elements, from row to row and from column to column; 0 where it does not vary.
 struct ParameterStrides {
   int64_t row, column;
 
   LEAF_FUNCTION int64_t at(const ParameterIndex& i) const { return i.row * row + i.column * column; }
 };
 
-// The parameters, set by set: null, with strides of 0, stands for zeros.
+// The parameters, set by set; a null pointer, with strides of 0, stands for zeros.
 struct ParameterArgs {
   c10::ScalarType dtype;
   ParameterMatrix matrix;
@@ -51,8 +51,8 @@ struct Args {
   ParameterArgs parameters;
   c10::ScalarType dtype;  // of inputs and outputs
   const void* in[kMaxInputs];
-  int in_stride[kMaxInputs];  // 1, or 0 where all of the input is one element; u's is 1
-  void* out[kMaxOutputs];     // null if not needed; one may be an input that lies alike
+  int in_stride[kMaxInputs];  // 1, or 0 for an input that is one repeated element; u's is 1
+  void* out[kMaxOutputs];     // null if not needed; may be an input of the same layout
   void* dp[kMaxSums];         // one value for each of the `count` parameters; null if not needed
   ParameterStrides dp_strides[kMaxSums];
   c10::ScalarType dp_dtype;
@@ -63,7 +63,7 @@ struct Args {
   int64_t in_pitch[kMaxInputs], out_pitch[kMaxOutputs];
 };
 
-// f(a zero of the dtype's C++ type)
+// Calls f with a zero of the dtype's C++ type.
 template <class F>
 void dispatch_dtype(c10::ScalarType dtype, F f) {
   switch (dtype) {
@@ -78,7 +78,7 @@ void dispatch_dtype(c10::ScalarType dtype, F f) {
   }
 }
 
-// f(the operation's type)
+// Calls f with an object of the operation's type.
 template <class F>
 void dispatch_operation(Operation operation, F f) {
   switch (operation) {

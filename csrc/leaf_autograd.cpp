@@ -15,7 +15,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 struct LeafBackwardNode : torch::autograd::Function<LeafBackwardNode> {
-  // The gradients that `mask` asks for, of tensors that are there, one after the other.
+  // Returns the gradients that `mask` asks for, of tensors that are given, one after another.
   static variable_list forward(AutogradContext* context, const Tensor& grad, const Tensor& u, const Tensor& p1,
                                const OptionalTensor& p2, const Tensor& p3, const OptionalTensor& p4,
                                std::array<bool, 5> mask) {
@@ -29,7 +29,7 @@ struct LeafBackwardNode : torch::autograd::Function<LeafBackwardNode> {
     return results;
   }
 
-  // One for each of the operator's five results: undefined where not asked for.
+  // Puts these in their places among the operator's five results, undefined where not asked for.
   static FiveTensors spread(const std::array<bool, 5>& mask, const ParameterList& parameters,
                             const variable_list& results) {
     std::array<Tensor, 5> all;

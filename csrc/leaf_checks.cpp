@@ -10,7 +10,7 @@ void check_parameter(const Names& names, const char* name, const Tensor& p, cons
   const auto u_sizes = u.sym_sizes(), sizes = p.sym_sizes();
   const int64_t offset = u.dim() - p.dim();
   for (int64_t d = 0; d < p.dim(); ++d) {
-    // What an export does not know yet, the kernel's own check will.
+    // Sizes that an export does not know yet pass; the kernel's own check will see them.
     const bool fits = TORCH_GUARD_OR_FALSE(sizes[d].sym_eq(1)) ||
                       (offset + d >= 0 && TORCH_GUARD_OR_TRUE(sizes[d].sym_eq(u_sizes[offset + d])));
     TORCH_CHECK_VALUE(fits, names.function, ": ", name, " of shape ", sizes, " does not broadcast to ", names.u,

@@ -1,4 +1,4 @@
-// What the operators take. Each check throws a TypeError or ValueError that names the argument.
+// Checks of the operators' arguments. Each throws a TypeError or ValueError that names the argument.
 #pragma once
 
 #include <string>
@@ -9,10 +9,10 @@ namespace leaf_cuda {
 
 constexpr const char* kNames[] = {"p1", "p2", "p3", "p4"};
 
-// As Python has it: "torch.float32".
+// The dtype's name in Python: "torch.float32".
 std::string dtype_name(at::ScalarType type);
 
-// How messages call the operator and its u.
+// The names of the operator and of its u in messages.
 struct Names {
   const char* function = "leaf";
   const char* u = "u";
@@ -20,16 +20,16 @@ struct Names {
 
 void check(const Tensor& u, const ParameterList& parameters, const Names& names = {});
 
-// The parts of it: u's dtype; dtype and device of parameter p.
+// Parts of `check`: u's dtype; the dtype and device of parameter p.
 void check_dtype(const Tensor& u, const Names& names);
 void check_parameter_type(const Names& names, const char* name, const Tensor& p, const Tensor& p1, const Tensor& u);
 
-// Ahead of the dispatch by layout, which knows no names.
+// Must run before the dispatcher chooses a kernel by layout: its own errors do not name the argument.
 void check_layout(const char* function, const char* name, const Tensor& t);
 void check_layout(const char* function, const char* name, const OptionalTensor& t);
 void check_layout(const Tensor& u, const ParameterList& parameters, const Names& names = {});
 
-// t, called `name` ("leaf_backward: grad"), has the dtype, the device and the shape of `like`.
+// Checks that t, called `name` in messages ("leaf_backward: grad"), has the dtype, the device and the shape of `like`.
 void check_like(const char* name, const Tensor& t, const char* like_name, const Tensor& like);
 
 // The arguments of leaf_double_backward; vp is v1, ..., v4.

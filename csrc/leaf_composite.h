@@ -1,5 +1,5 @@
-// The operators as differentiable tensor operations, for what the kernels do not know: third derivatives, tangents, the
-// operators called inside torch.func; and the questions that decide when.
+// The operators as differentiable tensor operations, for what the kernels cannot do: third derivatives, tangents, and
+// operators called inside torch.func. Also the predicates that decide when these are used.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -19,7 +19,7 @@ struct TensorMath {
   static T multiply_add(const T& a, const T& b, const T& c) { return a * b + c; }
 };
 
-// By at::sigmoid, whose derivative autograd knows; that of e^(−|z|) it would get wrong at 0.
+// Uses at::sigmoid, whose derivative autograd knows; its derivative of e^(−|z|) would be wrong at z = 0.
 template <>
 inline Sigmoid<Tensor> sigmoid<TensorMath>(const Tensor& p3, const Tensor& u) {
   const Tensor z = p3 * u, s = at::sigmoid(z);
@@ -28,7 +28,7 @@ inline Sigmoid<Tensor> sigmoid<TensorMath>(const Tensor& p3, const Tensor& u) {
 
 inline bool requires_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
 
-// Forward-mode differentiation has a tangent on one of its tensors.
+// Whether t carries a tangent of forward-mode differentiation.
 inline bool has_tangent(const OptionalTensor& t) { return t && t->_fw_grad(/*level=*/0).defined(); }
 
 template <class... Tensors>
@@ -36,7 +36,7 @@ bool any_tangent(const Tensors&... t) {
   return (has_tangent(t) || ...);
 }
 
-// Within a level of torch.func, where PyTorch refuses the nodes below.
+// Whether a torch.func transform is active, inside which PyTorch refuses C++ autograd nodes.
 inline bool inside_functorch() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
 }
@@ -48,7 +48,7 @@ bool any_requires_grad(const Tensors&... t) {
 
 inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
-// Which of the saved tensors need a gradient: needs_input_grad counts the inputs that are tensors.
+// Which of the saved tensors need a gradient; the index of needs_input_grad counts only inputs that are tensors.
 template <size_t n>
 std::array<bool, n> needed(const torch::autograd::AutogradContext& context,
                            const torch::autograd::variable_list& saved) {
@@ -58,7 +58,7 @@ std::array<bool, n> needed(const torch::autograd::AutogradContext& context,
   return mask;
 }
 
-// (leaf_cuda.leaf has a faster way through torch.func, LeafFunction.)
+// (Inside torch.func, leaf_cuda.leaf uses LeafFunction instead, which is faster.)
 class Composite {
  public:
   Composite(const Tensor& u, const ParameterList& parameters)
@@ -79,7 +79,7 @@ class Composite {
     return std::tuple_cat(std::tuple(dgrad), summed(d.partials, Tensor(), {mask[1], mask[2], mask[3], mask[4], false}));
   }
 
-  // leaf_glu's.
+  // For leaf_glu, whose a is u here.
   Tensor glu_forward(const Tensor& b) const {
     return (leaf<TensorMath>(in_math(u_), in_math(parameters_)) * in_math(b)).to(u_.scalar_type());
   }
@@ -98,7 +98,7 @@ class Composite {
   const Tensor& u_;
   const at::ScalarType math_;
 
-  // Of a parameter's shape what broadcasts to u: it may begin with 1s beyond u's dimensions.
+  // The part of a parameter's shape that broadcasts to u: without any leading 1s beyond u's dimensions.
   c10::SymIntArrayRef aligned(const Tensor& p) const {
     return p.sym_sizes().slice(std::max<int64_t>(0, p.dim() - u_.dim()));
   }

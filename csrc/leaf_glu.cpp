@@ -31,15 +31,16 @@ void check_gate(const Gate& gate, const ParameterList& parameters) {
   check_like("leaf_glu: b", gate.b, "a", gate.a);
 }
 
-// Whether the pass goes line by line, each operand by a pitch of its own: for the halves of a packed tensor, and for
-// two that do not lie alike. Else all go in a's memory order.
+// Whether the pass goes line by line, with a pitch for each operand: for the halves of a packed tensor; and for two
+// tensors that are not dense with the same layout, if a has a line_pitch and results like it are contiguous. Otherwise
+// all operands go in a's memory order.
 bool goes_by_lines(const Gate& gate) {
   if (gate.packed) return true;
   if (gate.a.is_non_overlapping_and_dense() && same_layout(gate.a, gate.b)) return false;
   return line_pitch(gate.a) && at::empty_like(gate.a, at::kMeta).is_contiguous();
 }
 
-// A packed tensor of any layout as one whose halves go line by line.
+// a, or a contiguous copy where a packed tensor has no line_pitch, so that its halves can go line by line.
 Tensor with_lines(const Tensor& a, const OptionalTensor& b) { return b || line_pitch(a) ? a : a.contiguous(); }
 
 }  // namespace
@@ -165,7 +166,7 @@ Tensor leaf_glu_forward_autograd(const Tensor& a, const OptionalTensor& b, const
   return call_forward(a, b, p1, p2, p3, p4);
 }
 
-// Differentiated in turn, it runs as tensor operations.
+// Where it is itself differentiated, it runs as tensor operations.
 SixTensors leaf_glu_backward_autograd(const Tensor& grad, const Tensor& a, const OptionalTensor& b, const Tensor& p1,
                                       const OptionalTensor& p2, const Tensor& p3, const OptionalTensor& p4,
                                       std::array<bool, 6> mask) {

@@ -7,11 +7,11 @@
 // M supplies the arithmetic: a type M::T with + - *, and
 //   M::exp_neg_abs(z)           e^(−|z|), 0 for infinite z, NaN for NaN
 //   M::reciprocal(x)            1/x for x in [1, 2]
-//   M::divide(a, b)             a/b for b in [1, 2], if that takes no more than the reciprocal
-//   M::multiply_add(a, b, c)    a·b + c, for where a compiler might fuse either of two products: the same bits wherever
-//                               the function is inlined
+//   M::divide(a, b)             optional: a/b for b in [1, 2], where that costs no more than the reciprocal
+//   M::multiply_add(a, b, c)    a·b + c, used where a compiler could fuse either of two products, so that results are
+//                               bitwise the same wherever the function is inlined
 //   M::select(z, a, b)          a where z ≥ 0, else b
-//   M::exponent_scale           where there is one: a factor above 0 that z has for exp_neg_abs and for select
+//   M::exponent_scale           optional: a factor above 0 by which exp_neg_abs and select expect z multiplied
 #pragma once
 
 #if defined(__CUDACC__)
@@ -33,7 +33,7 @@ struct Sigmoid {
   T slope;  // σ(z)·σ(−z)
 };
 
-// z = p3·u as exp_neg_abs and select take it.
+// z = p3·u in the form that exp_neg_abs and select take: times exponent_scale if there is one.
 template <class M>
 LEAF_FUNCTION typename M::T scaled_z(const typename M::T& p3, const typename M::T& u) {
   if constexpr (requires { M::exponent_scale; }) {
@@ -43,9 +43,9 @@ LEAF_FUNCTION typename M::T scaled_z(const typename M::T& p3, const typename M::
   }
 }
 
-// σ(p3·u): both from e = e^(−|z|) and r = σ(|z|) = 1/(1 + e), which neither overflow nor cancel: 1 − σ(z) in float32
-// has lost every digit by z = 17. The complement c = σ(−|z|) is e·r. The slope is c − c² and not c·r, which would have
-// r's error twice.
+// σ(p3·u) and its slope, both from e = e^(−|z|) and r = σ(|z|) = 1/(1 + e), which neither overflow nor cancel: 1 − σ(z)
+// in float32 has lost every digit by z = 17. The complement c = σ(−|z|) is e·r. The slope is c − c² and not c·r, which
+// would have r's error twice.
 template <class M>
 LEAF_FUNCTION Sigmoid<typename M::T> sigmoid(const typename M::T& p3, const typename M::T& u) {
   using T = typename M::T;
@@ -56,7 +56,7 @@ LEAF_FUNCTION Sigmoid<typename M::T> sigmoid(const typename M::T& p3, const type
   return {M::select(z, r, complement), complement - complement * complement};
 }
 
-// The value alone: by a division as good, and a product less.
+// σ(p3·u) alone. One division, where M has it, is as exact and saves a product.
 template <class M>
 LEAF_FUNCTION typename M::T sigmoid_value(const typename M::T& p3, const typename M::T& u) {
   using T = typename M::T;
@@ -74,13 +74,14 @@ LEAF_FUNCTION typename M::T leaf(const typename M::T& u, const Parameters<typena
   return (p.p1 * u + p.p2) * sigmoid_value<M>(p.p3, u) + p.p4;
 }
 
-// The same in a backward that takes the derivatives there too: σ is the one of theirs, which compilers see.
+// leaf(u) in a backward that also takes the derivatives there: it computes σ as they do, so that the compiler shares
+// it.
 template <class M>
 LEAF_FUNCTION typename M::T leaf_again(const typename M::T& u, const Parameters<typename M::T>& p) {
   return (p.p1 * u + p.p2) * sigmoid<M>(p.p3, u).value + p.p4;
 }
 
-// g times the derivative of y by u, p1, p2 and p3 (by p4 it is g itself).
+// g times the derivatives of y with respect to u, p1, p2 and p3 (for p4 it is g itself).
 template <class T>
 struct Partials {
   T u, p1, p2, p3;
@@ -96,8 +97,8 @@ LEAF_FUNCTION Partials<typename M::T> leaf_partials(const typename M::T& u, cons
   return {g * M::multiply_add(p.p1, s.value, ls * p.p3), gs * u, gs, (g * ls) * u};
 }
 
-// The derivative of y along v = (v, v1, v2, v3, v4), a direction of (u, p1, p2, p3, p4), and g times the derivative of
-// that by u, p1, p2 and p3 (by p4 it is 0): what the gradients of leaf_partials ask for.
+// The derivative of y along v = (v, v1, v2, v3, v4), a direction of (u, p1, p2, p3, p4), and g times the derivatives of
+// that with respect to u, p1, p2 and p3 (for p4 it is 0): what the backward of leaf_partials needs.
 //
 //   D = l'·s + l·s·s̄·z' + v4      l' = p1·v + v1·u + v2, z' = p3·v + v3·u
 template <class T>

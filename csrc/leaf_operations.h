@@ -1,9 +1,9 @@
 // The operations: what a pass over u does with one element, for the loops of every backend.
 //
-// An operation has `inputs` and `outputs` of u's shape, in[0] is u; `sets` of parameters, four each; and adds the
-// element's shares of `sums` gradients, those of the first sets' parameters, to sum[0], sum[1], ... Input k may be one
-// element for all where `repeatable` has bit k. Of a `pitched` one each operand may have a distance of its own from row
-// to row (Args::line); where it is `always_pitched`, it always has one.
+// An operation has `inputs` inputs and `outputs` outputs of u's shape, of which in[0] is u, and `sets` sets of four
+// parameters. It adds the element's shares of `sums` parameter gradients, from the first set's p1 on, to sum[0],
+// sum[1], ... Where `repeatable` has bit k, input k may be one element for all of u. In a `pitched` operation each
+// operand may have its own pitch from line to line (Args::line); in an `always_pitched` one it always has.
 #pragma once
 
 #include "leaf_math.h"
@@ -23,18 +23,18 @@ enum class Operation {
 };
 constexpr int kOperations = static_cast<int>(Operation::gru_backward) + 1;
 
-// The most of any operation.
+// The maxima over all operations.
 constexpr int kMaxInputs = 7, kMaxOutputs = 5, kMaxParameters = 20, kMaxSums = 20;
 
 template <class Op>
 constexpr bool kWithinMost =
     Op::inputs <= kMaxInputs && Op::outputs <= kMaxOutputs && 4 * Op::sets <= kMaxParameters && Op::sums <= kMaxSums;
 
-// Room for an operation's sums: an array has at least one element.
+// Size of an array for an operation's sums: at least one element.
 template <class Op>
 constexpr int kSums = Op::sums ? Op::sums : 1;
 
-// grad times the derivative of leaf(u) by u; adds those by the parameters to sum[0..3].
+// Returns grad times the derivative of leaf(u) by u; adds grad times those by the parameters to sum[0..3].
 template <class M, class T = typename M::T>
 LEAF_FUNCTION T gradient(const T& u, const T& grad, const Parameters<T>& p, T* sum) {
   const Partials<T> d = leaf_partials<M>(u, grad, p);
@@ -116,10 +116,10 @@ struct GluBackward {
   }
 };
 
-// The pointwise part of an LSTM's step, LEAF in the place of its sigmoids and tanhs: the pre-activations of the input
-// gate, the forget gate, the candidate and the output gate, and the cell's state, (i, f, g, o, c) → h', c'
+// The pointwise part of an LSTM step, with LEAF in place of its sigmoids and tanhs. From the pre-activations of the
+// input gate, the forget gate, the candidate and the output gate, and from the cell state: (i, f, g, o, c) → h', c'
 //   c' = leaf(f)·c + leaf(i)·leaf(g)    h' = leaf(o)·leaf(c')
-// with the sets of parameters of i, f, g, o and c'.
+// with one set of parameters each for i, f, g, o and c', in this order.
 struct LstmForward {
   static constexpr Operation operation = Operation::lstm_forward;
   static constexpr int inputs = 5, outputs = 2, sets = 5, sums = 0;
@@ -155,10 +155,10 @@ struct LstmBackward {
   }
 };
 
-// The pointwise part of a GRU's step: the pre-activations of the reset gate, the update gate and the candidate, of this
-// the parts by x and by h apart, and the state, (r, z, n, m, h) → h'
+// The pointwise part of a GRU step. From the pre-activations of the reset gate, the update gate and the candidate, the
+// last in two parts, n from x and m from h, and from the state: (r, z, n, m, h) → h'
 //   n' = leaf(n + leaf(r)·m)    h' = n' + leaf(z)·(h − n')
-// with the sets of parameters of r, z and n'.
+// with one set of parameters each for r, z and n', in this order.
 struct GruForward {
   static constexpr Operation operation = Operation::gru_forward;
   static constexpr int inputs = 5, outputs = 1, sets = 3, sums = 0;

@@ -105,34 +105,34 @@ SixTensors leaf_double_backward_meta(const OptionalTensor& v, const OptionalTens
 // ---- registration ---------------------------------------------------------------------------------------------------
 
 void define_operators(torch::Library& library) {
-  // Any layout is taken as it is: Inductor need not bring tensors into the one that they have in eager.
+  // The operators take any layout, so Inductor need not give tensors the layout that they have in eager mode.
   const std::vector<at::Tag> tags = {at::Tag::flexible_layout, at::Tag::pt2_compliant_tag};
   library.def("leaf_forward(Tensor u, Tensor p1, Tensor? p2, Tensor p3, Tensor? p4) -> Tensor", tags);
   library.def(
       "leaf_backward(Tensor grad, Tensor u, Tensor p1, Tensor? p2, Tensor p3, Tensor? p4, bool[5] output_mask)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
-  // The gradients of leaf_backward's tensors: v, v1, ..., v4 are those of its results, du, dp1, ..., dp4; None is 0. p4
-  // has none.
+  // The gradients of leaf_backward's tensors, but for p4, which has none. v, v1, ..., v4 are the incoming gradients of
+  // its results du, dp1, ..., dp4; None stands for 0.
   library.def(
       "leaf_double_backward(Tensor? v, Tensor? v1, Tensor? v2, Tensor? v3, Tensor? v4, Tensor grad, Tensor u,"
       " Tensor p1, Tensor? p2, Tensor p3, Tensor? p4, bool[6] output_mask)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
-  // Without b, a and b lie side by side in a's last dimension, and a's gradient is that of both.
+  // If b is None, a and b lie side by side in a's last dimension, and a's gradient is that of both.
   library.def("leaf_glu_forward(Tensor a, Tensor? b, Tensor p1, Tensor? p2, Tensor p3, Tensor? p4) -> Tensor", tags);
   library.def(
       "leaf_glu_backward(Tensor grad, Tensor a, Tensor? b, Tensor p1, Tensor? p2, Tensor p3, Tensor? p4,"
       " bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
-  // A layer of an LSTM or, without c, of a GRU, over all steps: x, (steps, batch, features) or with batch_sizes a
-  // packed sequence's rows, → output, h_n, c_n; and, for backward, all c and all pre-activations.
+  // A layer of an LSTM or, without c, of a GRU, over all steps. x is (steps, batch, features) or, with batch_sizes, the
+  // rows of a packed sequence. Returns output, h_n, c_n and, for backward, all cell states and all pre-activations.
   library.def(
       "leaf_recurrent_forward(Tensor x, Tensor h, Tensor? c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih,"
       " Tensor? bias_hh, Tensor p1, Tensor p2, Tensor p3, Tensor p4, Tensor? batch_sizes, bool reverse)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
-  // The gradients of its tensors, from x to p4.
+  // The gradients of leaf_recurrent_forward's tensors, from x to p4.
   library.def(
       "leaf_recurrent_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor output, Tensor cells,"
       " Tensor pre, Tensor x, Tensor h, Tensor? c, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? "

@@ -65,11 +65,11 @@ std::array<Tensor, 4> sums_meta(const ParameterList& parameters, std::array<bool
 
 void define_operators(torch::Library& library);
 
-// Whether no copy of this library has registered the operator for the key yet. One may have: _C and the C++
-// library in one process.
+// Whether no copy of this library has registered the operator for the key yet. A process may load two copies: _C and
+// the C++ library.
 bool is_unregistered(c10::DispatchKey key, const char* name = kForward);
 
-// f with its first argument, a Run, bound to `run`: what the dispatcher takes.
+// f with its first argument, a Run, bound to `run`: the form that the dispatcher takes.
 template <auto f, Run run, class F = decltype(f)>
 struct By;
 template <auto f, Run run, class Result, class... Arguments>
@@ -77,7 +77,7 @@ struct By<f, run, Result (*)(Run, Arguments...)> {
   static Result call(Arguments... arguments) { return f(run, arguments...); }
 };
 
-// The operator, called by the dispatcher; its arguments are f's without the Run.
+// Calls the operator through the dispatcher; its arguments are f's without the Run.
 template <auto f, class F = decltype(f)>
 struct Dispatched;
 template <auto f, class Result, class... Arguments>

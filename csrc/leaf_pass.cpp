@@ -168,7 +168,8 @@ std::array<Tensor, 4> Pass::run_with_sums(Run by, std::array<bool, 4> wanted) {
   for (int q = 0; q < 4; ++q) {
     if (!wanted[q]) continue;
     const Tensor& p = parameters_[q];
-    // Of few parameters each may be in many windows: their sums take a quarter of the limit, in double.
+    // A value of a small parameter may have shares in many windows, which are therefore added in double: these sums
+    // take at most a quarter of the limit.
     const int64_t bytes = sizeof(double) * p.numel();
     const bool fits = 16 * bytes <= limit;
     if (fits) args_.workspace -= bytes;

@@ -13,7 +13,7 @@ namespace leaf_cuda {
 //   per element    (N, C·H·W, 1)
 struct Plan {
   int64_t outer = 1, count = 1, inner = 1;
-  // Elements from one outer index to the next: more than the period where the plan is of some of the parameters alone.
+  // Elements from one outer index to the next: more than the period where the plan covers only some of the parameters.
   int64_t pitch = period();
   // Elements until the parameters repeat.
   constexpr int64_t period() const { return count * inner; }
@@ -27,10 +27,10 @@ constexpr int64_t workspace_limit(int64_t numel, int64_t element_bytes) {
   return std::max(numel * element_bytes / 8, int64_t{1} << 20);
 }
 
-// The same elements as a matrix whose columns keep one parameter each, for a short `inner` or one of no whole vectors:
-// row-major, `width` columns, column c takes parameter (c / inner) % count. `fold` periods side by side make one row of
-// the matrix, so that its width is a multiple of a vector's whatever the count is; the last row may be partial. Periods
-// with gaps between are not folded.
+// The same elements as a row-major matrix of `width` columns, each of which has one parameter: column c takes parameter
+// (c / inner) % count. For an `inner` that is short or not whole vectors. Each row has `fold` periods side by side, so
+// that the width is a multiple of a vector's whatever the count is; the last row may be partial. Periods with gaps
+// between them are not folded.
 struct Columns {
   int64_t fold, width;
   int64_t rows;    // whole rows

@@ -1,8 +1,8 @@
-// Recurrent layers, LSTM and GRU with LEAF in the place of their sigmoids and tanhs: the operators.
+// Recurrent layers, LSTM and GRU with LEAF in place of their sigmoids and tanhs: the operators.
 //
-// The pre-activations' part by x is one product for all steps. Then a layer goes through the sequence step by step: the
-// product of the state and the recurrent weights is added to the step's rows, and one fused pass (leaf_operations.h)
-// makes the next state of them.
+// What x contributes to the pre-activations is one product for all steps. Then a layer goes through the sequence step
+// by step: the product of the state and the recurrent weights is added to the step's rows, and one fused pass
+// (leaf_operations.h) computes the next state from them.
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
@@ -14,7 +14,8 @@
 namespace leaf_cuda {
 namespace {
 
-// One step's pass, again and again with other rows: matrices of `hidden` columns, or columns of wider ones.
+// The pass of one step, reused for other steps with other rows. Operands are matrices of `hidden` columns, or as many
+// columns of wider ones.
 class StepPass {
  public:
   StepPass(const Cell& cell, Operation operation, const Tensor& h, const ParameterList& parameters)
@@ -78,12 +79,12 @@ class StepPass {
 
 Tensor by_rows(const Tensor& t) { return t.contiguous().flatten(0, -2); }
 
-// Of a row's pre-activations the columns that h has a part in.
+// Of rows of pre-activations, the columns that h contributes to.
 Tensor part_of_h(const Cell& cell, const Tensor& rows, const Tensor& weight_hh) {
   return rows.narrow(1, cell.recurrent * weight_hh.size(1), weight_hh.size(0));
 }
 
-// All rows of pre-activations, (rows, 4·hidden), less the product of h and its weights.
+// All rows of pre-activations, (rows, 4·hidden), without the product of h and its weights.
 Tensor part_by_x(const Layer& l) {
   const int64_t hidden = l.h.size(1);
   const Tensor rows = by_rows(l.x);
@@ -101,8 +102,8 @@ Tensor part_by_x(const Layer& l) {
   return pre;
 }
 
-// Sums of so many steps are kept until they are added up. Steps are counted down, so that all but the first lot fill
-// every place.
+// The sums of up to this many steps are kept before they are added up. Steps are counted down, so that only the first
+// batch of them may leave places unused, which are zero; all later ones fill every place.
 constexpr int64_t kStepsOfSums = 64;
 
 }  // namespace
@@ -166,7 +167,7 @@ ElevenTensors leaf_recurrent_backward(Run run, const OptionalTensor& grad_output
   const Tensor h0 = h.contiguous(), c0 = c ? c->contiguous() : Tensor();
   const Tensor pre_rows = by_rows(pre), output_rows = by_rows(output), cell_rows = c ? by_rows(cells) : Tensor();
   const Tensor grad_rows = grad_output ? by_rows(*grad_output) : Tensor();
-  // The gradients of the states between the steps.
+  // The gradients of the states, passed on from step to step.
   const auto begin = [&](const OptionalTensor& grad) {
     return grad ? grad->clone(at::MemoryFormat::Contiguous) : at::zeros(h.sizes(), options);
   };
@@ -205,7 +206,8 @@ ElevenTensors leaf_recurrent_backward(Run run, const OptionalTensor& grad_output
     }
   }
 
-  // The gradients of x's part and of h's, and of the weights by a transposed product, which oneDNN takes better.
+  // The gradients of x's part and of h's part. Those of the weights are computed as the transpose of inputsᵀ·dgates,
+  // which suits oneDNN better.
   const Tensor of_h = part_of_h(cell, dpre, weight_hh);
   const Tensor of_x = c ? dpre : at::cat({dpre.narrow(1, hidden, 2 * hidden), dpre.narrow(1, 0, hidden)}, 1);
   const auto of_weight = [&](const Tensor& dgates, const Tensor& inputs) {

@@ -1,4 +1,4 @@
-// Recurrent layers: gradients, and the layer as tensor operations for what the kernels do not know.
+// Recurrent layers: gradients, and the layer as tensor operations for what the kernels cannot do.
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -102,11 +102,11 @@ struct RecurrentNode : torch::autograd::Function<RecurrentNode> {
     return results;
   }
 
-  // For gradients of gradients: the layer once more, as tensor operations, and the gradients by autograd.
+  // For gradients of gradients: runs the layer again as tensor operations and leaves its gradients to autograd.
   static void differentiable_backward(const variable_list& grads, const variable_list& s, bool reverse,
                                       const std::array<bool, 11>& mask, variable_list& results) {
     const NoAutocast no_autocast(c10::autocast_dispatch_keyset);
-    // Each its own node, so that a tensor that stands for two inputs has the gradient of each.
+    // Each input gets a node of its own, so that a tensor that is passed as two inputs gets the gradient of each.
     variable_list inputs, outputs, of_outputs, wanted;
     for (int k = 0; k < 11; ++k) inputs.push_back(s[k].defined() ? s[k].view_as(s[k]) : s[k]);
     const OptionalTensor c = optional(inputs[2]), bias_ih = optional(inputs[5]), bias_hh = optional(inputs[6]);

@@ -11,13 +11,14 @@
 
 namespace leaf_cuda {
 
-// x·wᵀ for one w, (columns, inner), and many x, (rows, inner). On the CPU in float32 it is oneDNN's product, where
-// torch has it, as in torch's own LSTM: at::mm's takes twice the time for a step's few rows on some processors. But for
-// small ones: a call of oneDNN's has some 10 µs of its own. Where enough of them are to come, w is laid out for them
-// first, which takes 80 µs and 0.27 ns for each element, and saves 0.07 ns for each in every product. (On Zen 5.)
+// x·wᵀ for one w, (columns, inner), and many x, (rows, inner). On the CPU in float32 oneDNN computes it, where torch
+// has it, as in torch's own LSTM: at::mm takes twice the time for a step's few rows on some processors. Small products
+// are left to at::mm: a call of oneDNN has an overhead of some 10 µs. If enough products are to come, w is first
+// brought into oneDNN's own layout, which takes 80 µs and 0.27 ns per element and saves 0.07 ns per element in every
+// product. (On Zen 5.)
 class Product {
  public:
-  // uses: how many products with x of `rows` rows, or fewer, are to come.
+  // uses: number of products to come, with x of at most `rows` rows.
   Product(const at::Tensor& w, int64_t rows, int64_t uses)
       : w_(w), by_onednn_(onednn_takes(w) && rows * w.numel() >= kLeastProduct) {
     if (!by_onednn_) return;
@@ -25,10 +26,10 @@ class Product {
     if (uses < kUsesWorthLayout + kElementsWorthLayout / w.numel()) return;
     static const auto reorder = find("mkldnn::_reorder_linear_weight",
                                      "mkldnn::_reorder_linear_weight(Tensor self, int? batch_size=None) -> Tensor Y");
-    if (reorder) w_ = call(*reorder, {w_.contiguous(), rows});  // of a transposed one it takes five times as long
+    if (reorder) w_ = call(*reorder, {w_.contiguous(), rows});  // a transposed one takes five times as long
   }
 
-  // out = x·wᵀ, and plus `self` where that is defined. out may be self.
+  // out = x·wᵀ, plus `self` if it is defined. out may be self.
   void operator()(at::Tensor out, const at::Tensor& self, const at::Tensor& x) const {
     if (by_onednn_)
       self.defined() ? at::add_out(out, self, times(x)) : out.copy_(times(x));
@@ -36,7 +37,7 @@ class Product {
       self.defined() ? at::addmm_out(out, self, x, w_.t()) : at::mm_out(out, x, w_.t());
   }
 
-  // x·wᵀ, and plus the bias of a column
+  // x·wᵀ, plus a bias for each column if it is defined.
   at::Tensor times(const at::Tensor& x, const at::Tensor& bias = {}) const {
     if (!by_onednn_ || x.numel() == 0) return bias.defined() ? at::addmm(bias, x, w_.t()) : at::mm(x, w_.t());
     c10::IValue b;
@@ -50,7 +51,7 @@ class Product {
   at::Tensor w_;
   bool by_onednn_;
 
-  // torch's operator, if its schema is the one that is called here: these are not public.
+  // torch's operator, if it has the schema that is called here: these operators are not public.
   static std::optional<c10::OperatorHandle> find(const char* name, const char* schema) {
     const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
     return op && c10::toString(op->schema()) == schema ? op : std::nullopt;
@@ -65,7 +66,7 @@ class Product {
     return w.is_cpu() && w.scalar_type() == at::kFloat && w.numel() > 0 && linear() &&
            at::globalContext().userEnabledMkldnn();
   }
-  // oneDNN takes ages for a matrix with gaps.
+  // m, or a copy if it has gaps: with these, oneDNN is very slow.
   static at::Tensor dense(const at::Tensor& m) {
     if (m.is_non_overlapping_and_dense()) return m;
     return m.stride(0) == 1 ? m.t().contiguous().t() : m.contiguous();

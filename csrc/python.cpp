@@ -1,5 +1,5 @@
-// leaf_cuda._C: loads the operators, tells how they were built, and calls two of them directly: torch.ops, by Python
-// and boxed arguments, takes a good part of a small tensor's forward.
+// leaf_cuda._C: loads the operators, tells how they were built, and calls two of them directly, because torch.ops, with
+// its Python code and boxed arguments, takes a good part of a small tensor's forward.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
@@ -9,7 +9,7 @@
 #include <string>
 #include <utility>
 
-#if defined(LEAF_CUDA_ARCHITECTURES)  // by setup.py, in a build with CUDA
+#if defined(LEAF_CUDA_ARCHITECTURES)  // defined by setup.py in a build with CUDA
 #include <cuda_runtime_api.h>
 #endif
 
@@ -36,7 +36,7 @@ bool has_kernel(const c10::OperatorHandle& operation, const Tensor& u) {
       c10::toRuntimePerBackendFunctionalityKey(c10::DispatchKey::Dense, u.key_set().highestBackendKey()));
 }
 
-// A Python object as an operator's argument: a tensor or parameter, of no other subclass, or None.
+// A Python object as an operator's argument: exactly a Tensor or Parameter, or None where the argument is optional.
 template <class T>
 struct Argument;
 template <>
@@ -52,8 +52,8 @@ struct Argument<const OptionalTensor&> {
   }
 };
 
-// The operator as a Python function of its positional arguments; NotImplemented where they or the thread are not plain,
-// or there is no kernel for the first one's device.
+// The operator as a Python function of its positional arguments. Returns NotImplemented where an argument or the thread
+// is not plain, or the first argument's device has no kernel.
 template <auto f, const char* const& name, class F = decltype(f)>
 struct Plain;
 template <auto f, const char* const& name, class... Arguments>

@@ -1,4 +1,4 @@
-// What a recurrent layer's operators take, their checks, and the steps of a sequence.
+// The arguments of a recurrent layer's operators, their checks, and the steps of a sequence.
 #pragma once
 
 #include <ATen/ops/cat.h>
@@ -7,19 +7,19 @@
 
 namespace leaf_cuda {
 
-// What sets LSTM and GRU apart. A row of pre-activations has four columns of `hidden` elements each; weights have so
-// many as they have gates.
+// The differences between LSTM and GRU. A row of pre-activations has four columns of `hidden` elements each; weights
+// have `gates` of them.
 struct Cell {
   const char* function;
   Operation forward, backward;
   int sets;       // of parameters
-  int column[4];  // of the operation's inputs 0 ... 3
+  int column[4];  // of each of the operation's inputs 0 ... 3
   int gates;
-  int recurrent;  // the first column that h has a part in
+  int recurrent;  // the first column that h contributes to
 };
 inline constexpr Cell kLstm = {"leaf_lstm", Operation::lstm_forward, Operation::lstm_backward, 5, {0, 1, 2, 3}, 4, 0};
-// x's part is (r, z, n), h's (r, z, m), the row (n, r, z, m): so h's has its place in one piece, in the order of its
-// weights.
+// x contributes (r, z, n) and h contributes (r, z, m). A row is (n, r, z, m), so that h's part is contiguous and in the
+// order of its weights.
 inline constexpr Cell kGru = {"leaf_gru", Operation::gru_forward, Operation::gru_backward, 3, {1, 2, 0, 3}, 3, 1};
 
 inline const Cell& cell_of(const OptionalTensor& c) { return c ? kLstm : kGru; }
@@ -37,14 +37,14 @@ struct Layer {
   const Cell& cell() const { return cell_of(c); }
 };
 
-// They throw a TypeError or ValueError that names the argument: what the layer is given; also what its forward gave,
-// and the gradients of that; and, ahead of the dispatch by layout, layouts.
+// These throw a TypeError or ValueError that names the argument. They check the layer's arguments; for backward, also
+// its forward's results and their gradients; and layouts, before the dispatcher chooses a kernel by layout.
 void check_layer(const Layer& l);
 void check_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_h_n, const OptionalTensor& grad_c_n,
                     const Tensor& output, const Tensor& cells, const Tensor& pre, const Layer& l);
 void check_layouts(const Layer& l);
 
-// A sequence's steps: step t has the rows first[t] ... first[t] + size[t], those of the first size[t] sequences.
+// The steps of a batch of sequences: step t has size[t] rows from first[t] on, those of the first size[t] sequences.
 struct Steps {
   std::vector<int64_t> first, size;
   bool reverse;
@@ -72,12 +72,13 @@ struct Steps {
   }
 
   int64_t count() const { return static_cast<int64_t>(size.size()); }
-  // The k-th step that is taken.
+  // The step that is taken as the k-th.
   int64_t at(int64_t k) const { return reverse ? count() - 1 - k : k; }
 
   Tensor rows(const Tensor& t, int64_t step) const { return t.narrow(0, first[step], size[step]); }
 
-  // The parts, by rows, of the state before a step: of the step taken before, state_of(step), and of the initial one.
+  // The state before a step, as parts to concatenate by rows: the state of the step taken before it (from state_of),
+  // and the initial state of the sequences that that step did not have.
   template <class F>
   std::vector<Tensor> previous(int64_t step, const Tensor& initial, F state_of) const {
     const int64_t before = reverse ? step + 1 : step - 1, n = size[step];
@@ -106,7 +107,7 @@ inline at::DimVector sizes_with(const Tensor& t, int64_t last) {
   return sizes;
 }
 
-// No autocast of the products: the operators' tensors have one dtype.
+// Keeps autocast off the matrix products: all of the operators' tensors have one dtype.
 using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
 }  // namespace leaf_cuda

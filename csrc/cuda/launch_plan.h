@@ -1,4 +1,4 @@
-// How a plan's elements are divided among blocks and threads: by host code alone, so that it is tested without a GPU.
+// How a plan's elements are divided among blocks and threads. Host code alone, so that it is tested without a GPU.
 #pragma once
 
 #include <algorithm>
@@ -16,35 +16,37 @@ namespace leaf_cuda::cuda {
 constexpr int kMaxThreads = 256;
 constexpr int kWarp = 32;
 constexpr int64_t kMaxGridY = 65535;
-// Beyond so many times the blocks that a device holds, blocks take several items each.
+// The rows and finishing kernels have at most this many waves of blocks; beyond that, a block takes several items.
 constexpr int64_t kMaxWaves = 64;
-// A thread adds so many terms to a sum at most: with more, a float32 sum would lose to eager PyTorch's.
+// A thread adds at most this many terms in sequence: with more, float32 sums would be less exact than eager PyTorch's.
 constexpr int64_t kMaxSerialSum = 64;
-// Rows of at least so many bytes are read by neighbouring threads without much waste; shorter ones are columns.
+// Rows of at least this many bytes are read by adjacent threads without much waste; shorter ones are taken as columns.
 constexpr int64_t kMinRowBytes = 64;
-// A step over rows that are not whole vectors has so many times the instructions and the stores.
+// A step over rows that are not whole vectors has about this many times the instructions and stores of another.
 constexpr double kPartialRowsCost = 1.5;
-// Narrower matrices would leave a warp's threads without work.
+// Minimum width, in vectors, of a matrix of folded periods: a narrower one would leave lanes of a warp idle.
 constexpr int64_t kMinColumnVectors = 32;
-// Of so many tiles of columns the last may be narrower than the others.
+// With at least this many tiles of columns, the last may be narrower than the others; fewer are made equally wide.
 constexpr int64_t kManyTiles = 8;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// What a block does before and after its steps, and a second kernel that adds up partial sums, each as so many steps.
+// Costs in units of a step: what a block does besides its steps, and the second kernel, which adds up partial sums.
 constexpr double kOwnSteps = 2, kFinishSteps = 2;
 
-// Into how many shares to divide the steps of a pass, and the time that it takes then.
+// The number of shares to divide the steps of each item into, and the time that the pass then takes.
 struct Splits {
   int64_t count;
   double time;
 };
 
-// The `steps` of each of `items` divided into at_least shares, or as many, up to at_most, as fill the `at_once` blocks
-// that a device holds one time or a few: the number that takes the least time. It is counted in steps of one block,
-// each at step_cost, of which a device does at_once at a time; fewer blocks, down to half of them, still have all of
-// the memory's speed. parts: partial sums of a parameter for each share, 0 where there are no sums.
+// Chooses the number of shares, from at_least to at_most, to divide the `steps` of each of `items` into: the one that
+// takes the least time. Candidates are at_least, unless it is above 1 and makes less than a wave (the at_once blocks
+// that the device holds), and the numbers that make up to kMaxTimes waves more. Time is counted in steps of one block,
+// each at step_cost, of which the device does at_once at a time; a partial wave counts as half a wave or more, since
+// half the blocks already have all of the memory's speed. parts: partial sums of a parameter per share, 0 where there
+// are no sums.
 inline Splits splits_for(int64_t items, int64_t steps, double step_cost, int64_t at_least, int64_t at_most,
                          int64_t at_once, int64_t parts) {
   constexpr int64_t kMaxTimes = 4;
@@ -61,37 +63,38 @@ inline Splits splits_for(int64_t items, int64_t steps, double step_cost, int64_t
   return best;
 }
 
-// n items dealt out in turn: each gets so many, and the first `over` one more.
+// n items dealt out round-robin: each recipient gets `each`, and the first `over` of them one more.
 struct Shares {
   int64_t each, over;
   LEAF_FUNCTION int64_t of(int64_t which) const { return each + (which < over); }
 };
 constexpr Shares shares_of(int64_t n, int64_t among) { return {n / among, n % among}; }
 
-// Rows: a run of `inner` elements has one parameter. A block takes one parameter k and one of `splits` shares of the
-// vectors of k's `outer` rows. Vectors are aligned in memory, so that a row's first and last may be partial.
+// Rows: each run of `inner` elements has one parameter. A block's item is one parameter k and one of `splits` shares of
+// the vectors of k's `outer` rows. Vectors are aligned in memory, so a row's first and last may be partial.
 struct RowsLaunch {
   int64_t outer, count, inner, pitch;
   bool aligned;     // every vector is whole
-  int64_t vectors;  // slots for vectors in a row; the last may be empty
-  Shares slots;     // of all rows of a parameter, among splits·threads
+  int64_t vectors;  // slots for vectors in a row, of which the last may be empty
+  Shares slots;     // of all rows of a parameter, dealt to splits·threads threads
   int64_t splits, items;
-  // From slot to slot of a thread: step_vectors, and a row more where there are no such in its own; in elements, `step`
-  // and next_row. Where not all vectors are whole, these lead from one row's first element to another's.
+  // A thread's next slot is step_vectors vectors and `step` elements on; where that passes the row's end, it is in the
+  // next row: `vectors` slots back and next_row elements on. Where not all vectors are whole, `step` and next_row lead
+  // from the first element of one row to that of another.
   int64_t step_vectors, step, next_row;
-  // Where the last row ends, and how many of its elements lie in a vector that is not whole. It is the last slot of
-  // this thread of the last parameter's, which does it apart from its others; −1 if there is none.
+  // Where the last row ends, and how many of its elements lie in a final partial vector. That vector is the last slot
+  // of thread rest_thread of the last parameter, which processes it apart from its others; −1 if there is none.
   int64_t end, rest_thread;
   int rest;
   int64_t grid;
   int threads;
-  double time;  // that of splits_for, by the vectors of a step
+  double time;  // that of splits_for, in vectors instead of steps
 };
 
 // at_once: blocks that the device holds.
 inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t at_once, bool sums) {
   RowsLaunch r{plan.outer, plan.count, plan.inner, plan.pitch};
-  // Rows begin at multiples of this, modulo a vector.
+  // Modulo a vector, every row begins at a multiple of this.
   const int64_t begin = std::gcd(std::gcd(plan.inner, plan.pitch), vector);
   r.aligned = begin == vector;
   r.vectors = (plan.inner + 2 * vector - begin - 1) / vector;
@@ -100,7 +103,7 @@ inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t at
   const int64_t slots = r.outer * r.vectors;
   r.threads = static_cast<int>(std::clamp<int64_t>(round_up(ceil_div(slots, unroll), kWarp), kWarp, kMaxThreads));
   const int64_t steps = ceil_div(slots, int64_t{r.threads} * unroll);
-  // A term is the sum of a step's vectors.
+  // A term is the sum over a step's vectors.
   const int64_t for_accuracy = sums ? ceil_div(steps + (r.rest > 0), kMaxSerialSum) : 1;
   const auto [splits, time] =
       splits_for(r.count, steps, r.aligned ? 1 : kPartialRowsCost, for_accuracy, steps, at_once, sums ? 1 : 0);
@@ -119,31 +122,32 @@ inline RowsLaunch plan_rows(const Plan& plan, int vector, int unroll, int64_t at
 }
 
 // Columns (leaf_plan.h): a block takes a tile of tx vectors of columns and one of `splits` shares of the rows, ty rows
-// at a time. A tile holds whole parameters, so that it can sum over their `inner` columns; where it holds the whole
-// width, over the periods side by side too.
+// at a time. A tile has all `inner` columns of each of its parameters, so that the block can sum over them; a tile as
+// wide as the matrix also sums over the periods side by side.
 struct ColumnsLaunch {
   Columns columns;
   int64_t count, inner;
   int64_t slots;  // parameters in a row of the matrix: fold·count
-  int64_t line;   // of pitched operations: elements of an operand's line, which divides the width
+  int64_t line;   // for pitched operations: elements of an operand's line; divides the width
   int64_t tiles, splits;
-  Shares rows;           // the matrix's, but for a last one that is not whole, among splits·ty
-  int64_t period_parts;  // periods side by side whose sums a block does not add up
-  int results;           // parameters that a block has sums of
-  int tile_folds;        // periods that it adds up
-  // Threads for each sum, which has terms (rows and periods) by `inner`: so many in each direction, powers of two.
+  Shares rows;           // the matrix's whole rows, dealt to splits·ty rows of threads
+  int64_t period_parts;  // periods side by side that are not added up in a block: one partial sum each
+  int results;           // parameters whose sums a block computes
+  int tile_folds;        // periods side by side that a block adds up
+  // Threads that add up one sum, of terms (rows of threads and periods) by `inner` columns: term_shares by inner_shares
+  // of them, powers of two.
   int term_shares, inner_shares;
   int tx, ty, threads;
-  double time;             // as that of rows
-  bool parameter_vectors;  // a vector's parameters lie side by side, aligned
+  double time;             // as RowsLaunch::time
+  bool parameter_vectors;  // a vector's parameters are contiguous and aligned, or a single one
 };
 
-// Vectors that hold whole parameters: a tile has a multiple of them.
+// The fewest vectors that hold all columns of their parameters; a tile's width is a multiple of it.
 constexpr int64_t column_unit(int64_t inner, int64_t vector) { return inner / std::gcd(inner, vector); }
 
-// column_unit(plan.inner, vector) must be kMaxThreads at most. `line` is Args::line: 0, or what the width must be a
-// multiple of, and vectors must divide. at_once: blocks that the device holds. sums: of each parameter, of sum_bytes
-// each; where there are none they take no workspace.
+// column_unit(plan.inner, vector) must be at most kMaxThreads. `line` is Args::line: 0, or a divisor of the width and a
+// multiple of the vector. at_once: blocks that the device holds. sums: number of sums of each parameter, of sum_bytes
+// each; without any, no workspace is taken.
 inline ColumnsLaunch plan_columns(const Plan& plan, int64_t line, int vector, int unroll, int64_t at_once,
                                   int64_t workspace, int sums, int64_t sum_bytes) {
   ColumnsLaunch c{line ? columns_of(plan, 1, 1) : columns_of(plan, vector, kMinColumnVectors * vector), plan.count,
@@ -153,12 +157,12 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t line, int vector, in
   c.slots = c.columns.fold * plan.count;
   const int64_t width = c.columns.width / vector;
   const int64_t unit = column_unit(plan.inner, vector);
-  // As few rows to a block as give the device's threads enough, for a block has loads and sums of its own, and at most
-  // as many as leave a warp's width. Their sums meet in shared memory, those of splits in the workspace. Few tiles are
-  // made alike.
+  // A block takes as few rows at a time as give all of the device's threads work, since every block has loads and sums
+  // of its own, and at most as many as leave its tile a warp wide. The rows' sums are added up in shared memory, those
+  // of splits in the workspace. If tiles are few, they are equally wide.
   constexpr int64_t kMostRows = kMaxThreads / kWarp;
   const int64_t for_device = std::max(at_once, kManyTiles * kMostRows) * kMaxThreads / width;
-  // Half as many terms as a sum may have: of few, eager PyTorch's sums lose less.
+  // At most half of kMaxSerialSum terms per thread: where terms are few, eager PyTorch's sums are more exact.
   const int64_t for_sums = sums ? ceil_div(2 * rows, kMaxSerialSum) : 1;
   const int64_t enough = std::max(std::bit_floor(uint64_t(for_device)), std::bit_ceil(uint64_t(for_sums)));
   const int64_t at_a_time = std::min({ceil_div(rows, unroll), enough, kMostRows});
@@ -189,24 +193,24 @@ inline ColumnsLaunch plan_columns(const Plan& plan, int64_t line, int vector, in
   return c;
 }
 
-// So a row has four vectors or more.
+// Whether rows are long enough to be taken as rows: such a row has four vectors or more.
 inline bool has_long_rows(const Plan& plan, int64_t element_bytes) {
   static_assert(kMinRowBytes >= 4 * 16);
   return plan.inner * element_bytes >= kMinRowBytes;
 }
 
-// Whether long rows may be columns. It pays where they are not whole vectors: as rows, each loads a vector that it
-// shares with another, and stores its own part of it element by element. A tile must hold a parameter's columns.
+// Whether long rows may be taken as columns. That pays where they are not whole vectors: as rows, two neighbours both
+// load the vector they share, and each stores its part element by element. A tile must hold all columns of a parameter.
 inline bool may_be_columns(const Plan& plan, int vector) {
   return plan.inner % vector && column_unit(plan.inner, vector) <= kMaxThreads;
 }
 
-// Partial sums, [q][part][parameter]. Where there is one part they are whole: the gradients themselves, without a
-// workspace.
+// Layout of the partial sums: [q][part][parameter], q the gradient. With only one part they are `whole`: the gradients
+// themselves, without a workspace.
 struct PartialSums {
   int64_t sums, parts, count;
   bool whole;
-  int64_t values;  // in the workspace
+  int64_t values;  // number of them in the workspace
 };
 
 inline PartialSums partial_sums(int64_t sums, int64_t parts, int64_t count) {
@@ -214,16 +218,17 @@ inline PartialSums partial_sums(int64_t sums, int64_t parts, int64_t count) {
   return {sums, parts, count, whole, whole ? 0 : parts * sums * count};
 }
 
-// The finishing kernel, for each of the sums: kx parameters by ky shares of their partial sums in a block; both are
-// powers of two.
+// The finishing kernel: a block adds up the partial sums of kx parameters of one gradient, with ky threads for each
+// parameter; both are powers of two.
 struct FinishLaunch {
   PartialSums sums;
-  int64_t grid;  // by as many as there are sums
+  int64_t grid;  // its x dimension; y is the number of sums
   int kx, ky;
 };
 
 inline FinishLaunch plan_finish(const PartialSums& sums, int64_t at_once) {
-  // A thread for each part, but of eight parameters or more, whose 32 bytes move at once.
+  // One thread per part if possible, but at least eight parameters side by side: 32 bytes in float32, one memory
+  // sector.
   constexpr int kMinParameters = 8;
   int kx = kMaxThreads;
   while (kx > kMinParameters && kMaxThreads / kx < sums.parts) kx /= 2;

@@ -1,5 +1,5 @@
-// The CUDA kernels: an operation (leaf_operations.h) over rows and over columns (launch_plan.h), and the sum of partial
-// sums.
+// The CUDA kernels: an operation (leaf_operations.h) over rows, an operation over columns (launch_plan.h), and the
+// kernel that adds up partial sums.
 //
 // Plain CUDA without ATen; the tests also compile it for the host (tests/emulation).
 #pragma once
@@ -21,8 +21,8 @@ namespace cuda {
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 
-// 1/x for x in [1, 2], within 1 ulp; 2^x for x that gives no subnormal, within 2 ulps. One instruction each: what CUDA
-// has by name, __fdividef and exp2f, provides for all x by three or four.
+// 1/x for x in [1, 2], within 1 ulp; 2^x where the result is not subnormal, within 2 ulps. One instruction each: CUDA's
+// __fdividef and exp2f take three or four, to handle every x.
 __device__ __forceinline__ float approximate_reciprocal(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -54,7 +54,7 @@ struct FloatMath {
   using T = float;
   static __device__ __forceinline__ float exp_neg_abs(float z) { return expf(-fabsf(z)); }
   static __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-  // With a Newton step: without the full division's slow path.
+  // With one Newton step, which avoids the slow path of a full division.
   static __device__ __forceinline__ float reciprocal(float x) {
     const float r = approximate_reciprocal(x);
     return fmaf(r, fmaf(-x, r, 1.0f), r);
@@ -64,7 +64,7 @@ struct FloatMath {
 
 // For float16 and bfloat16: errors of some 2^-21·(1 + |z|) are far below what these types resolve.
 struct ApproximateMath : FloatMath {
-  // As a square, whose root is no subnormal where e^(−|z|) is none or one.
+  // e^(−|z|) is the square of 2^(−|z|·log2(e)/2): this root is normal even where e^(−|z|) is subnormal.
   static constexpr float exponent_scale = 0.5f * 1.44269504f;
   static __device__ __forceinline__ float exp_neg_abs(float z) {
     const float root = approximate_exp2(-fabsf(z));
@@ -92,7 +92,7 @@ using Arithmetic = typename Math<S>::T;
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
-// N elements, and the word that they move as: 16 bytes in one instruction, or one element.
+// N elements, and the word that they move as in one instruction: 16 bytes, or a single element.
 template <class S, int N>
 struct Vector {
   S at[N];
@@ -121,8 +121,7 @@ __device__ __forceinline__ Word<S, N> word_of(const Vector<S, N>& v) {
   return word;
 }
 
-// To global memory. An assignment of 16 bytes nvcc divides where it sees no harm; what CUDA has by name is for other
-// caching than the default.
+// Stores 16 bytes to global memory in one instruction. By PTX: nvcc may split a plain assignment into narrower stores.
 __device__ __forceinline__ void store_word(void* p, const uint4& word) {
 #ifdef __CUDA_ARCH__
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(word.x), "r"(word.y),
@@ -141,7 +140,7 @@ __device__ __forceinline__ void store_vector(S* p, const Vector<S, N>& v) {
     store_word(p, word_of(v));
 }
 
-// f(a zero of the type of parameters or of their gradients): of the storage type or of the arithmetic type.
+// Calls f with a zero of `type`, the dtype of parameters or of their gradients: the storage or the arithmetic type.
 template <class S, class F>
 __device__ __forceinline__ void with_type(c10::ScalarType type, const F& f) {
   if (std::is_same_v<S, Arithmetic<S>> || type == c10::CppTypeToScalarType<S>::value)
@@ -150,13 +149,13 @@ __device__ __forceinline__ void with_type(c10::ScalarType type, const F& f) {
     f(Arithmetic<S>());
 }
 
-// Parameter q, of type P, at an index and the N − 1 behind it in its row: all are loaded before one is used.
+// Parameter q, of type P, at an index and the N − 1 columns after it. All values are loaded before one is used.
 template <class P, int N>
 struct LoadedParameter {
   static constexpr int per_word = N == 1 ? 1 : 16 / sizeof(P);
   static_assert(N % per_word == 0);
   Word<P, per_word> words[N / per_word];
-  P one;  // where the row has but one
+  P one;  // where N is 1 or all columns have one value
 
   __device__ __forceinline__ void load(const ParameterArgs& a, int q, const ParameterIndex& index) {
     const P* const p = static_cast<const P*>(a.p[q]) + a.strides[q].at(index);
@@ -174,7 +173,7 @@ struct LoadedParameter {
   }
 };
 
-// An operation's sets of parameters at an index and the N − 1 behind it: p[e·sets + set].
+// Loads an operation's sets of parameters at an index and the N − 1 columns after it into p[e·sets + set].
 template <class P, int sets, int N, class A>
 __device__ __forceinline__ void load_parameters(const ParameterArgs& a, const ParameterIndex& index, Parameters<A>* p) {
   LoadedParameter<P, N> loaded[4 * sets];
@@ -195,12 +194,13 @@ __device__ __forceinline__ void load_parameters(const ParameterArgs& a, const Pa
 template <class Op, class S>
 struct Operands {
   const S* in[Op::inputs];
-  int stride[Op::inputs];  // 1, or 0 where all of the input is one element; u's is 1
+  int stride[Op::inputs];  // 1, or 0 for an input that is one repeated element; u's is 1
   S* out[Op::outputs];     // or null
-  // Of pitched operations: elements from one line of the operand to the next.
+  // For pitched operations: elements from one line of the operand to the next.
   int64_t in_pitch[Op::pitched ? Op::inputs : 1], out_pitch[Op::pitched ? Op::outputs : 1];
 
-  // An element, in each operand: `within` a line.
+  // An element's position in every operand: a line, and the offset `within` it; in unpitched operations, `within`
+  // alone.
   struct Place {
     int64_t line, within;
     __device__ __forceinline__ int64_t at(int64_t pitch) const { return Op::pitched ? line * pitch + within : within; }
@@ -212,13 +212,13 @@ struct Operands {
     return place.at(out_pitch[Op::pitched ? k : 0]);
   }
 
-  // What is loaded stays in words until it is used: a thread that took it apart would wait for it.
+  // Loaded values stay in words until they are used: taking them apart would make the thread wait for the load.
   template <int N>
   struct Loaded {
     Word<S, N> in[Op::inputs];
   };
 
-  // Of an input that is one element, N times that.
+  // N copies of each input that is one repeated element.
   template <int N>
   __device__ __forceinline__ Loaded<N> load_repeated() const {
     Loaded<N> loaded = {};
@@ -247,7 +247,7 @@ struct Operands {
     return loaded;
   }
 
-  // The first n of N consecutive elements of each input: where the others are behind its end.
+  // The first n of N consecutive elements of each input, and zeros for the others, which are beyond its end.
   template <int N>
   __device__ __forceinline__ Loaded<N> load_part(const Place& place, int n, const Loaded<N>& repeated) const {
     Loaded<N> loaded = repeated;
@@ -263,10 +263,10 @@ struct Operands {
     return loaded;
   }
 
-  // Runs the operation on what was loaded from there, and stores the outputs. With PerElement each of the N elements
-  // has its own parameters p[e·sets] and sums sum[e·sums], else they share p and sum. With Part it is for N elements
-  // from `shift` on, or −shift before, as far as they are among these: all N are computed, since a warp's other threads
-  // have them all, but the others' outputs are not stored, and their sums are taken back.
+  // Runs the operation on what was loaded from `place`, and stores the outputs there. With PerElement each of the N
+  // elements has its own parameters p[e·sets] and sums sum[e·sums], else they share p and sum. With Part only some
+  // elements are wanted: those from `shift` on or, if it is negative, all but the last −shift. All N are computed, so
+  // that the warp does not diverge, but unwanted outputs are not stored, and unwanted shares in the sums are undone.
   template <bool PerElement, bool Part, int N>
   __device__ __forceinline__ void run(const Place& place, const Loaded<N>& loaded, const Parameters<Arithmetic<S>>* p,
                                       Arithmetic<S>* sum, int shift = 0) const {
@@ -313,9 +313,9 @@ struct Operands {
   }
 };
 
-// Blocks that a multiprocessor is to hold at once, which bounds a thread's registers: as many as leave room, on each
-// architecture, for what it has loaded and, by columns, for the parameters and sums of each of its N columns
-// (tests/kernel_resources.py). Four is what compute capability 7.5 holds.
+// Blocks that a multiprocessor is to hold at once, which bounds a thread's registers: as many as leave enough of them,
+// on each architecture, for what a thread has loaded and, over columns, for the parameters and sums of its N columns
+// (tests/kernel_resources.py). Compute capability 7.5 holds at most four.
 template <class Op, class S, int N, bool ByRows>
 constexpr int kMinBlocks = [] {
   constexpr bool wide = sizeof(Arithmetic<S>) == 8;
@@ -324,8 +324,8 @@ constexpr int kMinBlocks = [] {
   return !wide && Op::inputs <= 2 && (ByRows || N < 8) ? 3 : 2;
 }();
 
-// Calls step(is_there) for every Unroll of n items, then for what is left: is_there(j) tells whether there is item j of
-// the step, without a look where there are all.
+// Calls step(is_there) for each full group of Unroll of the n items, then once for the remainder. is_there(j) tells
+// whether the step has an item j; for a full group it is true at compile time.
 template <int Unroll, class F>
 __device__ __forceinline__ void for_each_step(int64_t n, const F& step) {
   for (; n >= Unroll; n -= Unroll) step([](int) { return true; });
@@ -334,12 +334,12 @@ __device__ __forceinline__ void for_each_step(int64_t n, const F& step) {
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
-// The slots (launch_plan.h) of one thread, one after another. Aligned: every vector is whole.
+// Walks through the slots (RowsLaunch) of one thread. Aligned: every vector is whole.
 template <int N, bool Aligned>
 struct RowCursor {
   const RowsLaunch& r;
-  int64_t vector;  // the slot in its row
-  int64_t at;      // the slot's first element; where not aligned, the row's
+  int64_t vector;  // the slot's index in its row
+  int64_t at;      // the slot's first element; where not Aligned, its row's first
 
   __device__ RowCursor(const RowsLaunch& launch, int64_t k, int64_t first_slot)
       : r(launch),
@@ -355,9 +355,10 @@ struct RowCursor {
     }
   }
 
-  // N elements from a multiple of N on, and of which of them the row's are (run): from `shift` on in its first vector,
-  // all but the last −shift in others, and none, N, in a slot behind its end, which has one of the row's own vectors:
-  // two before, for of those that are whole it is the nearest.
+  // The aligned vector of a slot: N elements from `first`, a multiple of N, and which of them are the row's (`shift` of
+  // Operands::run): in the row's first vector those from `shift` on, in others all but the last −shift. An empty slot,
+  // past the row's end, has shift N, so that none is, and loads a vector of the row instead: the second before it, the
+  // nearest that is sure to be whole.
   struct Slot {
     int64_t first;
     int shift;
@@ -371,7 +372,7 @@ struct RowCursor {
   }
 };
 
-// The block's sum of each thread's sum[0], sum[1], ...: thread q has that of sum[q]. All threads must call it.
+// The sums of sum[0], sum[1], ... over the block's threads: thread q returns that of sum[q]. All threads must call it.
 template <int sums, class A>
 __device__ __forceinline__ A block_sum(const A* sum) {
   A* const shared = reinterpret_cast<A*>(leaf_smem);  // [q][warp]
@@ -426,7 +427,7 @@ __device__ __forceinline__ void run_rows(const RowsLaunch& r, int64_t k, int64_t
                                          const Parameters<Arithmetic<S>>* p, Arithmetic<S>* sum) {
   const int64_t first_slot = split * r.threads + threadIdx.x;
   const bool has_rest = !Aligned && k == r.count - 1 && first_slot == r.rest_thread;
-  // A sum of few terms, so that `sum` has few as well: both lose little.
+  // Each step is first added up on its own: its sum and `sum` then both have few terms and lose little accuracy.
   const auto add = [&](const Arithmetic<S>* share) {
 #pragma unroll
     for (int q = 0; q < Op::sums; ++q) sum[q] += share[q];
@@ -434,11 +435,11 @@ __device__ __forceinline__ void run_rows(const RowsLaunch& r, int64_t k, int64_t
   RowCursor<N, Aligned> cursor(r, k, first_slot);
   for_each_step<Unroll>(r.slots.of(first_slot) - has_rest, [&](const auto& is_there) {
     typename RowCursor<N, Aligned>::Slot slots[Unroll];
-    typename Operands<Op, S>::template Loaded<N> loaded[Unroll] = {};  // the rest: so that nvcc keeps it in registers
+    typename Operands<Op, S>::template Loaded<N> loaded[Unroll] = {};  // zeroed, else nvcc puts it on the stack
 #pragma unroll
     for (int j = 0; j < Unroll; ++j) {
       slots[j] = cursor.slot();
-      // A vector that two rows share is loaded whole for each: no load waits for another.
+      // A vector that two rows share is loaded whole for both, so that no load waits for another.
       if (is_there(j)) loaded[j] = a.load({0, slots[j].first}, repeated);
       cursor.advance();
     }
@@ -465,7 +466,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S, N, true>)
   using A = Arithmetic<S>;
   const auto repeated = a.template load_repeated<N>();
   for (int64_t item = blockIdx.x; item < r.items; item += gridDim.x) {
-    const int64_t k = item % r.count, split = item / r.count;  // of partial sums, `item` is the place
+    const int64_t k = item % r.count, split = item / r.count;  // so `item` is the sums' place
     const ParameterIndex index = parameters.matrix.at(k);
     Parameters<A> p[Op::sets];
     with_type<S>(parameters.dtype,
@@ -485,8 +486,8 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S, N, true>)
 
 // ---- columns --------------------------------------------------------------------------------------------------------
 
-// A thread's place: N columns, and the rows first_row, first_row + step, ..., of which it has whole_rows in which they
-// are all; in the matrix's last row, `rest` of them may be left over.
+// The part of the matrix that a thread processes: N columns, in the rows first_row, first_row + step, ..., of which
+// whole_rows have all N. In the matrix's partial last row, only the first `rest` of them may be there.
 template <int N>
 struct ColumnThread {
   int64_t column, first_row, step, whole_rows;
@@ -502,7 +503,8 @@ struct ColumnThread {
     active = ty < c.ty && column < c.columns.width;
   }
 
-  // Of its columns, those that the matrix's last row has for this thread, where it is not whole.
+  // How many columns the partial last row has from this thread's first on, perhaps below 0; 0 if the row is not its
+  // own.
   __device__ __forceinline__ int64_t in_tail(const ColumnsLaunch& c) const {
     return first_row == c.rows.over ? c.columns.tail - column : 0;
   }
@@ -512,8 +514,8 @@ struct ColumnThread {
   }
 };
 
-// The parameters of a thread's N columns, where those do not lie side by side. The threads that have the same columns
-// each load a part of them into shared memory, [q][column of N][tx]; behind a barrier, each takes them all.
+// The parameters of a thread's N columns, where they are not contiguous. Each of the threads that have the same columns
+// loads some of them into shared memory, [q][column of N][tx]; after a barrier, each takes them all.
 template <class P, int N, class A>
 __device__ __forceinline__ void share_parameters(const ColumnsLaunch& c, const ColumnThread<N>& t,
                                                  const ParameterArgs& a, ParameterIndex index) {
@@ -550,15 +552,15 @@ __device__ __forceinline__ void take_parameters(const ColumnsLaunch& c, const Co
   __syncthreads();  // before sums are written there
 }
 
-// Stores the sums of a tile's parameters, over the block's rows, the periods in it and `inner`. All threads must call
-// it.
+// Adds up the sums of a tile's parameters over the block's rows, the periods in the tile and `inner`, and stores them.
+// All threads must call it.
 template <int sums, class S, int N>
 __device__ __forceinline__ void store_sums_of_columns(const ColumnsLaunch& c, const ColumnThread<N>& t,
                                                       const Arithmetic<S>* sum, const SumTarget<sums, S>& target) {
   using A = Arithmetic<S>;
   constexpr int Run = N < 16 / static_cast<int>(sizeof(A)) ? N : 16 / sizeof(A);
-  A* const shared = reinterpret_cast<A*>(leaf_smem);  // [q][ty][column], or [q][term][a period's column]
-  // Of two words of 16 bytes, four of eight threads store the second first: together they then have all banks.
+  A* const shared = reinterpret_cast<A*>(leaf_smem);  // [q][ty][column] = [q][term][column of a period]
+  // Where a thread has two 16-byte words, four of eight threads store the second first: together they use all banks.
   const bool backwards = N == 2 * Run && t.tx / 4 % 2;
   if (t.ty < c.ty) {
 #pragma unroll
@@ -577,7 +579,7 @@ __device__ __forceinline__ void store_sums_of_columns(const ColumnsLaunch& c, co
   const int inner = static_cast<int>(c.inner), terms = c.ty * c.tile_folds;
   const int shares = c.term_shares * c.inner_shares;
   const int lane = threadIdx.x % kWarp, share = threadIdx.x % shares;
-  // Where `inner` has factors of two, a warp's threads begin apart: else they would read from few banks.
+  // Where `inner` has factors of two, a warp's sums begin at different columns: else there would be bank conflicts.
   const int banks = min(inner & -inner, kWarp), begin = lane / shares * banks / kWarp * c.inner_shares;
   for (int first = threadIdx.x - lane; first < sums * c.results * shares; first += blockDim.x) {
     const int result = (first + lane) / shares, q = result / c.results, of_q = result % c.results;
@@ -617,7 +619,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S, N, false>)
   if (share) take_parameters<N>(c, t, p);
   A sum[N * kSums<Op>] = {};
   if (t.active) {
-    // Where a row is, for these columns: of pitched operations in lines, of which it has one or more, else in elements.
+    // Where a row is, at this thread's columns: for pitched operations in lines, one or more per row, else in elements.
     const int64_t per_row = Op::pitched ? c.columns.width / c.line : c.columns.stride;
     const int64_t first = Op::pitched ? t.column / c.line : t.column, in_line = Op::pitched ? t.column % c.line : 0;
     const auto at = [&](int64_t row) { return row * per_row + first; };
@@ -647,7 +649,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks<Op, S, N, false>)
 
 // ---- partial sums to gradients --------------------------------------------------------------------------------------
 
-// Block y adds up the partial sums of gradient y, in double: there are few threads for them, and many terms for each.
+// Blocks with blockIdx.y = q add up the partial sums of gradient q, in double: few threads add many terms each.
 template <int sums, class S>
 __global__ void __launch_bounds__(kMaxThreads)
     finish(FinishLaunch f, const __grid_constant__ SumTarget<sums, S> target) {
@@ -662,7 +664,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       const Arithmetic<S>* from = target.partial + (q * parts + y) * count + k0 + x;
       const int64_t step = f.ky * count;
       for (int64_t part = y; part < parts; part += Unroll * f.ky, from += Unroll * step) {
-        Arithmetic<S> value[Unroll];  // all loads before the first sum
+        Arithmetic<S> value[Unroll];  // all are loaded before one is added
 #pragma unroll
         for (int j = 0; j < Unroll; ++j) value[j] = part + j * f.ky < parts ? from[j * step] : 0;
 #pragma unroll

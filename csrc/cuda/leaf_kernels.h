@@ -1,4 +1,5 @@
-// The line between the host compiler's file, which knows ATen, and nvcc's (leaf_kernels_*.cu), which do not.
+// The interface between leaf_cuda.cpp, compiled with ATen by the host compiler, and leaf_kernels_*.cu, without it by
+// nvcc.
 #pragma once
 
 #include <cuda_runtime_api.h>

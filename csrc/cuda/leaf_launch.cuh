@@ -6,8 +6,8 @@
 
 namespace leaf_cuda::cuda {
 
-// Vectors of each input that a thread has under way at once: about as many in all, whatever the operation; of single
-// elements, which are fewer bytes, twice as many.
+// Number of vectors of each input that a thread loads before it uses the first: about the same total over all inputs,
+// whatever the operation. Of single elements of fewer than 8 bytes, twice as many.
 template <class Op, class S, int N>
 constexpr int kUnroll = (N == 1 && sizeof(S) < 8 ? 2 : 1) * (Op::inputs < 4 ? 4 / Op::inputs : 1);
 
@@ -15,8 +15,8 @@ constexpr int kUnroll = (N == 1 && sizeof(S) < 8 ? 2 : 1) * (Op::inputs < 4 ? 4 
 template <class S>
 constexpr int kVector = 16 / sizeof(S);
 
-// Whether a thread of the columns' kernel has registers for a vector's parameters and sums. With two sets of parameters
-// it takes single elements, which a warp reads in whole lines all the same.
+// Whether a thread of the columns kernel has registers for the parameters and sums of a whole vector of columns. With
+// more than one set of parameters it takes single elements; a warp's accesses are coalesced all the same.
 template <class Op>
 constexpr bool kColumnVectors = Op::sets == 1;
 
@@ -32,7 +32,7 @@ int min_blocks(bool vector) {
 
 inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// A pass, planned: what it needs before it is launched.
+// The plan of a pass, made before anything is launched.
 struct LaunchPlan {
   bool vector, by_rows;
   RowsLaunch rows;
@@ -76,7 +76,7 @@ LaunchPlan plan_pass(const Args& a, int64_t multiprocessors) {
   if (long_rows) plan_by_rows();
   if (column_vectors) {
     plan_by_columns(true);
-    // Periods side by side may have partial sums whatever the splits.
+    // Even without splits, periods side by side may need more partial sums than the workspace holds.
     column_vectors = b.sums.values * sum_bytes <= a.workspace && (!long_rows || b.columns.time < b.rows.time);
   }
   b.by_rows = long_rows && !column_vectors;
@@ -132,7 +132,7 @@ LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
   return b;
 }
 
-// workspace: b.workspace_bytes on the device.
+// workspace: b.workspace_bytes bytes of device memory.
 template <class S, class Launcher>
 void launch(const Args& a, const LaunchPlan& b, void* workspace, const Launcher& launcher) {
   dispatch_operation(a.operation, [&](auto op) {

@@ -1,5 +1,4 @@
-// The launches on a stream, compiled by nvcc: of each storage type in a file of its own, so that they compile side by
-// side.
+// Launches on a CUDA stream, compiled by nvcc: one file per storage type, so that they compile in parallel.
 #pragma once
 
 #include <c10/cuda/CUDACachingAllocator.h>

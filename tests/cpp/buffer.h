@@ -7,8 +7,8 @@
 #include <random>
 #include <vector>
 
-// Device memory of the C++ tests: n elements that end where the allocation ends, `offset` elements behind a boundary as
-// PyTorch's allocator has. What nobody has written is NaN.
+// Device memory of the C++ tests: n elements that end where the allocation ends and begin `offset` elements after a
+// 512-byte boundary, such as PyTorch's allocator gives. Unwritten elements are NaN.
 template <class S>
 struct Buffer {
   static constexpr std::align_val_t alignment{512};

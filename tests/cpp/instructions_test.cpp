@@ -1,5 +1,5 @@
-// A guard against slowdowns without a clock: the instructions per element that each loop of the CPU executes, counted
-// by stepping through it in a child process. They are the same on a busy machine as on a quiet one.
+// A guard against slowdowns that needs no clock: counts the instructions per element that each CPU loop executes, by
+// single-stepping it in a child process. The counts are the same on a busy machine as on an idle one.
 //
 // The bounds hold for GCC 12; with another compiler the counts are printed only. A fix that lowers a count lowers its
 // bound; a change that must raise one says why in its commit.
@@ -51,7 +51,7 @@ void columns(const InnerLoops& loops) {
   loops.columns(data.operands, kRows, kColumns, kColumns, data.p, false, data.sums);
 }
 
-// 0 where the system does not let a process step through its child.
+// Number of instructions that run(loops) executes; 0 where the system does not let a process step through its child.
 long instructions(void (*run)(const InnerLoops&), const InnerLoops& loops) {
   const pid_t child = fork();
   if (child == 0) {
@@ -106,7 +106,7 @@ struct Target {
 }  // namespace
 
 int main() {
-  // Measured, and two percent more.
+  // The measured counts plus two percent.
   const Target targets[] = {
 #if defined(__x86_64__)
       {"AVX2",

@@ -1,7 +1,7 @@
-// The CUDA kernels and their planner against a plain loop, by the emulation. Meant for the address and undefined
-// behaviour sanitizers: buffers are exactly as long as they should be, and what a kernel must write is NaN before.
+// The CUDA kernels and their planner against a plain loop, in the emulation. Meant for the address and undefined
+// behaviour sanitizers: buffers are exactly as long as they should be, and what a kernel must write starts as NaN.
 //
-// -DLEAF_STORAGE=double, float, c10::BFloat16 or c10::Half: a program for each, so that they compile side by side.
+// -DLEAF_STORAGE=double, float, c10::BFloat16 or c10::Half: one program each, so that they compile in parallel.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -34,7 +34,7 @@ void check(bool ok, const std::string& what) {
   if (stop_at_first_failure) std::exit(1);
 }
 
-// The tensors' type, and the parameters': as in PyTorch, or float beside a half type.
+// The tensors' type and the parameters': the same, or float beside bfloat16.
 using S = LEAF_STORAGE;
 using P = std::conditional_t<std::is_same_v<S, c10::BFloat16>, float, S>;
 constexpr c10::ScalarType kStorage = c10::CppTypeToScalarType<S>::value;
@@ -44,15 +44,15 @@ struct Case {
   Plan plan;
   int64_t offset = 0;  // of u, in elements: 1 makes the kernels take single elements
   int grad_stride = 1;
-  int64_t shared_parameter = -1;  // this one has one value for all
+  int64_t shared_parameter = -1;  // this one has a single value
   bool p2_and_p4 = true;
   bool want_du = true;
   int64_t multiprocessors = 2;
-  // Of the gated unit: elements between the lines of an operand, -1 for dense operands; lines that `count` makes.
+  // For the gated unit and cells: elements between an operand's lines, -1 for dense ones; number of lines in `count`.
   int64_t gap = -1, lines = 1;
   int64_t parameter_offset = 0;
-  // Rows of parameters and gradients: transposed, or with so many elements between. Of parameter 0 each row has but one
-  // value.
+  // Number of rows in the parameters' and gradients' matrix, and elements between them, -1 for a transposed matrix.
+  // Parameter 0 has only one value per row.
   int64_t parameter_rows = 1, parameter_gap = -1;
 
   ParameterMatrix matrix() const { return {parameter_rows, plan.count / parameter_rows}; }
@@ -87,7 +87,7 @@ const Schedule kSchedules[] = {{Schedule::ascending, Schedule::ascending, 0},
                                {Schedule::shuffled, Schedule::shuffled, 1},
                                {Schedule::shuffled, Schedule::shuffled, 2}};
 
-// trace: or null.
+// trace may be null.
 auto launcher(const Schedule& schedule, MemoryTrace* trace) {
   return [&schedule, trace](auto kernel, dim3 grid, int threads, size_t shared, const auto&... args) {
     const auto launch = [&] { cuda_emulation::launch(schedule, kernel, grid, dim3(threads), shared, args...); };
@@ -95,15 +95,15 @@ auto launcher(const Schedule& schedule, MemoryTrace* trace) {
   };
 }
 
-// Whether |got − want| is within `ulps` units of T's relative precision, on the scale of the terms that made it, or
-// within half's smallest number.
+// Whether |got − want| is at most `ulps` times T's epsilon, on the scale of the terms that made it, plus float16's
+// smallest subnormal.
 template <class T>
 bool close(T got, double want, double scale, double ulps) {
   const double smallest = std::is_same_v<T, c10::Half> ? 0x1p-24 : 0;
   return std::abs(static_cast<double>(got) - want) <= ulps * std::numeric_limits<T>::epsilon() * scale + smallest;
 }
 
-// What an output or a gradient should be, and the scale of the terms that made it.
+// The expected values of an output or a gradient, and for each the scale of the terms that made it.
 struct Expected {
   std::vector<double> value, scale;
   explicit Expected(int64_t n) : value(n), scale(n) {}
@@ -134,8 +134,8 @@ void watch(MemoryTrace& trace, const Args& a, size_t outputs, const std::vector<
   trace.watch(workspace.data, workspace.n / sizeof(Arithmetic<S>), sizeof(Arithmetic<S>));
 }
 
-// As many bytes are read of an input as it has, and written of an output. But where rows are not whole vectors, a
-// vector that two of them share is read for each.
+// Checks that a pass reads each input and writes each output exactly once. But where rows are not whole vectors, a
+// vector that two of them share may be read for each.
 template <class F>
 void check_traffic(const MemoryTrace& trace, const Args& a, const LaunchPlan& plan, size_t outputs, const F& named) {
   const int inputs = inputs_of(a.operation);
@@ -153,7 +153,7 @@ void check_traffic(const MemoryTrace& trace, const Args& a, const LaunchPlan& pl
   }
 }
 
-// One operation in every schedule: the same bits, and what is expected.
+// Runs one operation in every schedule: all must give the same bits, and the expected values.
 void run_operation(const Case& c, Args args, std::vector<Buffer<S>>& out, std::vector<Buffer<P>>& dp,
                    const std::vector<Expected>& expected_out, const std::vector<Expected>& expected_dp, double ulps) {
   const char* names[] = {"forward",      "backward",      "double backward", "glu forward", "glu backward",
@@ -264,7 +264,7 @@ void run(const Case& c) {
     const double scales[4] = {std::abs(shares[0]), std::abs(shares[1]), std::abs(g * l_abs * s * t * x), std::abs(g)};
     for (int q = 0; q < 4; ++q) sums[q].add(k, shares[q], scales[q] * condition);
 
-    // The second derivative along (v, v1, ..., v4): y's along it, and g times that by u, p1, p2, p3.
+    // Double backward: y's derivative along (v, v1, ..., v4), and g times that one's with respect to u, p1, p2, p3.
     const double w = static_cast<double>(v.data[c.plan.at(i)]), v1 = value(4), v2 = value(5), v3 = value(6),
                  v4 = value(7);
     const double p1 = value(0), p3 = value(2), s1 = s * t, s2 = s * t * (t - s);
@@ -299,7 +299,7 @@ void run(const Case& c) {
   run_operation(c, args, out, dp, {dgrad, ddu}, double_sums, 8);
 }
 
-// The gated unit, its operands dense or in lines, each with a gap of its own between.
+// The gated unit, with operands dense or in lines, each with its own gap between lines.
 void run_glu(const Case& c) {
   std::mt19937_64 random(c.plan.numel() * 17 + c.gap);
   const int64_t n = c.plan.numel(), count = c.plan.count;
@@ -310,7 +310,7 @@ void run_glu(const Case& c) {
   args.parameters.dtype = kParameter;
   args.parameters.matrix = c.matrix();
   args.line = c.gap < 0 ? 0 : count / c.lines;
-  // Each its own; whole vectors apart where the line and the gap make whole vectors.
+  // Each operand has its own pitch: a whole number of vectors if the line and the gap together are.
   const auto pitch = [&](int k) { return args.line + c.gap + 16 * k; };
   const auto at = [&](int k, int64_t i) { return args.line ? i / args.line * pitch(k) + i % args.line : i; };
   std::vector<Buffer<S>> in;
@@ -364,7 +364,7 @@ void run_glu(const Case& c) {
   run_operation(c, args, out, dp, {da, db}, sums, 8);
 }
 
-// y = leaf(u) in double, and its derivatives by u and by p1, p2, p3 (by p4 it is 1).
+// y = leaf(u) in double, and its derivatives with respect to u and to p1, ..., p4.
 struct Activation {
   double y, u, by[4];
 
@@ -376,8 +376,8 @@ struct Activation {
   }
 };
 
-// A step of an LSTM or a GRU, its operands in lines with a gap of its own between. Values are of some size 1, and so is
-// the scale that errors are held against.
+// A step of an LSTM or a GRU, each operand in lines with its own gap between them. Values are of magnitude 1 or so, and
+// errors are measured against 1 plus the value's magnitude.
 void run_cell(bool lstm, const Case& c) {
   std::mt19937_64 random(c.plan.numel() * 13 + c.gap + lstm);
   const int64_t n = c.plan.numel(), count = c.plan.count;
@@ -530,7 +530,7 @@ void small_plans() {
     c.parameter_offset = 1;
     run(c);
   }
-  // Parameters as rows of 10, 8, 16, 5 and 3: of whole vectors and not, in columns and in rows.
+  // Matrices of parameters with rows of 10, 8, 16, 5 and 3, whole vectors and not, in columns and in rows.
   for (const Plan& plan : {Plan{33, 40, 1}, Plan{20, 64, 1}, Plan{150, 80, 1}, Plan{60, 15, 2}, Plan{3, 6, 80}})
     for (int64_t gap : {-1, 0, 1, 8})
       for (int64_t multiprocessors : {1, 132}) {
@@ -547,7 +547,7 @@ void small_plans() {
         c.want_du = c.p2_and_p4 = false;
         run(c);
       }
-  // With gaps, of whole vectors and not.
+  // Plans with gaps, of whole vectors and not.
   for (int64_t gap : {1, 8, 16})
     for (const Plan& plan : {Plan{3, 5, 1}, Plan{5, 32, 1}, Plan{7, 600, 1}, Plan{4, 9, 4}, Plan{3, 5, 64},
                              Plan{2, 3, 131}, Plan{3, 2, 256}}) {
@@ -573,7 +573,7 @@ void small_plans() {
       c.want_du = false;
       run(c);
     }
-  // Rows that are not whole vectors, and of which too many partial sums would be made by columns.
+  // Rows that are not whole vectors, and that would make too many partial sums as columns.
   run({{1, 8193, 33}});
 }
 
@@ -597,13 +597,13 @@ void large_plans() {
       }
     };
     r.aligned ? check_step(std::true_type{}) : check_step(std::false_type{});
-    int64_t most = 0;  // that a row lies in
+    int64_t most = 0;  // vectors that a row may span
     for (int64_t k = 0; k < N; ++k) most = std::max(most, ceil_div(k * plan.inner % N + plan.inner, N));
     check(r.vectors == most, what + " vectors");
     check(ceil_div(r.outer * r.vectors, r.splits * r.threads * 2) <= kMaxSerialSum, what + " steps");
     check(4 * 4 * r.splits * r.count <= workspace_limit(plan.numel(), 2), what + " workspace");
-    // The last element is in a slot of the last row, and it is the last; of a vector that is not whole, it is that
-    // thread's rest.
+    // The last element is the last one of a slot of the last row; if its vector is partial, it is that slot's thread
+    // that has the rest.
     check(r.end == plan.numel() && r.rest == r.end % N, what + " rest");
     bool found = false;
     for (int64_t slot = last - 2; slot <= last; ++slot) {
@@ -637,7 +637,7 @@ void print(const Plan& plan, const LaunchPlan& b) {
               b.workspace_bytes ? long(ceil_div(b.sums.parts, b.finish.ky)) : 0);
 }
 
-// Arguments of which every sum is wanted.
+// Arguments to plan with, but not to run. Sums are wanted.
 Args arguments(Operation operation, const Plan& plan) {
   Args a{};
   a.operation = operation;
@@ -649,7 +649,7 @@ Args arguments(Operation operation, const Plan& plan) {
   return a;
 }
 
-// What the planner promises of passes large enough for a device of 132 multiprocessors, but in double.
+// What the planner promises for passes large enough for a device of 132 multiprocessors, except in double.
 void plans_of_a_large_device() {
   if (sizeof(S) == 8) return;
   constexpr int64_t multiprocessors = 132;
@@ -678,7 +678,7 @@ void plans_of_a_large_device() {
       }
       check(b.workspace_bytes <= a.workspace, what + " workspace");
       if (print_plans) print(plan, b);
-      // Terms that a thread adds one after another: first, in the block, and in the finishing kernel.
+      // Terms that a thread adds in sequence: over its steps or rows, in the block, and in the finishing kernel.
       if (b.by_rows) {
         const int at_once = unroll<Backward, S>(b.vector);
         at_most(ceil_div(plan.outer * r.vectors, r.splits * r.threads * at_once), kMaxSerialSum, "steps");
@@ -689,14 +689,14 @@ void plans_of_a_large_device() {
       }
       at_most(ceil_div(b.sums.parts, b.finish.ky), 32, "partial sums");
     }
-  // Without sums nothing but the device bounds the shares: its blocks are filled once or a few times.
+  // Without sums only the device bounds the shares: they make one wave or a few, nearly full.
   for (const Plan& plan : {Plan{1, 1, 1 << 28}, Plan{1 << 15, 4096, 1}}) {
     const LaunchPlan b = plan_launch<S>(arguments(Operation::forward, plan), multiprocessors);
     const int64_t blocks = b.by_rows ? b.rows.grid : b.columns.tiles * b.columns.splits;
     const int64_t left = (blocks + multiprocessors / 8) % multiprocessors;
     check(left <= multiprocessors / 4, std::to_string(plan.outer) + " " + std::to_string(blocks) + " blocks forward");
   }
-  // As many columns as the device has threads need no second kernel, nor do few of anything.
+  // As many columns as the device has threads need no second kernel, and neither do small passes.
   for (const Plan& plan : {Plan{64, 65536, 1}, Plan{256, 65536, 1}, Plan{256, 1 << 18, 1}, Plan{16, 64, 1},
                            Plan{16, 5, 1}, Plan{1, 1, 1000}}) {
     const LaunchPlan b = plan_launch<S>(arguments(Operation::backward, plan), multiprocessors);
@@ -712,12 +712,12 @@ int main(int argc, char** argv) {
     return std::any_of(argv + 1, argv + argc, [&](const char* given) { return std::strcmp(given, option) == 0; });
   };
   stop_at_first_failure = has("--stop-at-first-failure");
-  if (has("--plans")) {  // those of backward for 132 multiprocessors, and nothing else
+  if (has("--plans")) {  // prints those of backward for 132 multiprocessors, and does nothing else
     print_plans = true;
     plans_of_a_large_device();
     return 0;
   }
-  large_plans();  // planning alone is soon done
+  large_plans();  // quick: planning alone
   plans_of_a_large_device();
   small_plans();
   glu_plans();

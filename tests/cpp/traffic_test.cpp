@@ -18,8 +18,8 @@ namespace {
 
 constexpr int64_t kMultiprocessors = 132;
 
-// Sectors of inputs, of outputs, and of all else in global memory, over those of a tensor of u's size; the times that a
-// bank of shared memory is read or written, for each 1000 elements.
+// Sectors moved of inputs, of outputs, and of all else in global memory, relative to those of a tensor of u's size; and
+// the times that a bank of shared memory is read or written, per 1000 elements.
 struct Traffic {
   double in, out, other, shared;
 };

@@ -114,7 +114,7 @@ void switch_stack(Stack& from, Stack& to) {
 
 [[noreturn]] void thread_main();
 
-// A CUDA thread and the fiber that runs it, and after it those of later blocks.
+// A CUDA thread and the fiber that runs it. The fiber later runs threads of other blocks.
 struct Thread {
   enum State { ready, waiting, exited };
 
@@ -150,7 +150,7 @@ struct Thread {
   unsigned rank;  // position in the order of the phase
   State state;
 
-  // While waiting: at what, and for a shuffle the value given and, once ready again, the value received.
+  // While waiting: the operation waited at; for a shuffle, the value given and, once ready again, the value received.
   Operation operation;
   unsigned mask;
   std::size_t bytes;

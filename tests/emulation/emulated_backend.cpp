@@ -1,5 +1,5 @@
-// The CUDA backend's kernels and launch planner on the host: leaf_on_stream.cuh and leaf_cuda.cpp with the emulation's
-// launch in place of the stream's. Registers leaf_cuda_emulated's operators, on CPU tensors.
+// The CUDA backend's kernels and launch planner on the host: does what leaf_on_stream.cuh and leaf_cuda.cpp do, but
+// launches in the emulation instead of on a stream. Registers leaf_cuda_emulated's operators for CPU tensors.
 #include <ATen/ops/empty.h>
 
 #include <algorithm>

@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(256) tree_sum(const T* __restrict__ x, T* __re
   if (threadIdx.x == 0) sums[blockIdx.x] = partial[0];
 }
 
-// With warps apart: the values that a missing barrier lets through have been through a shuffle.
+// Each thread reads what a thread of another warp has written. What is written has been through a shuffle, and so,
+// then, have the values that a missing barrier lets through.
 __global__ void reverse(float* y, bool with_barrier) {
   float* s = shared<float>();
   s[threadIdx.x] = __shfl_xor_sync(full_mask, static_cast<float>(threadIdx.x ^ 1), 1);
@@ -60,7 +61,7 @@ __global__ void shuffles(T* y, int operand, int width) {
   y[4 * t + 3] = __shfl_xor_sync(full_mask, value, operand, width);
 }
 
-// Halves of a warp apart, each with its own mask and number of steps.
+// The two halves of a warp diverge, each with its own mask and number of steps.
 __global__ void half_warps(int* y) {
   const unsigned lane = threadIdx.x % warpSize;
   int v = 1;
@@ -143,7 +144,7 @@ __global__ void faulty(Fault fault, int* alive) {
   if (fault != Fault::none) *alive = 1000;  // an abandoned thread went on
 }
 
-// Four elements a thread: vector loads, five shuffles a warp, one barrier; 256 threads.
+// Four elements per thread: vector loads, five shuffles per warp, one barrier; 256 threads.
 __global__ void block_sum(const float4* __restrict__ x, float* __restrict__ sums) {
   const float4 v = x[blockIdx.x * blockDim.x + threadIdx.x];
   float sum = (v.x + v.y) + (v.z + v.w);
@@ -156,7 +157,7 @@ __global__ void block_sum(const float4* __restrict__ x, float* __restrict__ sums
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-// y[t] = x[stride·t], by way of shared memory at multiples of the stride.
+// y[t] = x[stride·t], through shared memory at multiples of the stride.
 template <class T>
 __global__ void strided(const T* x, T* y, unsigned stride) {
   T* const own = shared<T>() + stride * threadIdx.x;
@@ -235,7 +236,7 @@ void races() {
   }
 }
 
-// What a launch of 256 threads moves, with a stride between their elements.
+// Checks what a launch of 256 threads moves, with a stride between their elements.
 template <class T>
 void traffic(unsigned stride, int64_t sectors_read, int64_t bank_times, int64_t least_times) {
   alignas(32) static T x[4096], y[256];

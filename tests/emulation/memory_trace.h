@@ -1,4 +1,4 @@
-// Counts what the threads of an emulated kernel read and write, warp by warp as a GPU moves it, and finds data races.
+// Counts what the threads of an emulated kernel read and write, grouped by warp as on a GPU, and finds data races.
 //
 //   cuda_emulation::MemoryTrace trace;
 //   const int u = trace.watch(u_data, n, sizeof(float));
@@ -6,8 +6,8 @@
 //   trace.of(u).read.sectors
 //
 // The kernels' file is compiled with -fsanitize=thread, so that the compiler calls __tsan_read4 and the like at each
-// access. memory_trace.cpp has these functions, not the sanitizer's library: the flag is for compiling that file alone,
-// and not for linking.
+// access. memory_trace.cpp defines these in place of the sanitizer's library: compile that file alone with the flag,
+// and do not link with it.
 #pragma once
 
 #include <cstddef>
@@ -37,29 +37,29 @@ class MemoryTrace {
   MemoryTrace(const MemoryTrace&) = delete;
   MemoryTrace& operator=(const MemoryTrace&) = delete;
 
-  // A request is what a warp accesses of one buffer by one instruction: its threads' first accesses at a place in the
-  // code since the last barrier, their second, ... Where the threads of a warp take different turns of a loop (it is
-  // not unrolled here), these may not be what a GPU accesses at once; bytes and races are right all the same.
+  // A request is what a warp accesses of one buffer by one instruction: its threads' first accesses from a place in the
+  // code since the last barrier, their second ones, and so on. Where threads of a warp are in different iterations of a
+  // loop (loops are not unrolled here), a GPU may combine other accesses; bytes and races are right all the same.
   struct Requests {
     int64_t count = 0;
-    int64_t bytes = 0;    // over the threads
-    int64_t sectors = 0;  // of 32 bytes, that a request needs from global memory
+    int64_t bytes = 0;    // in all threads
+    int64_t sectors = 0;  // of 32 bytes of global memory, that requests touch
   };
   struct Traffic {
     Requests read, write;
   };
-  // Of shared memory, whose 32 banks give a word of 4 bytes each at a time. A request takes as many times as the
-  // busiest bank has words in it; those of 8 and of 16 bytes go by half and by quarter warps. `least`: with no bank
-  // conflict.
+  // Shared memory has 32 banks, each of which gives one 4-byte word at a time: a request takes as many `times` as its
+  // busiest bank has words. Requests of 8 and of 16 bytes per lane go by half and by quarter warps. `least`: the times
+  // without bank conflicts.
   struct SharedTraffic {
     int64_t requests = 0, times = 0, least = 0;
   };
 
-  // Global memory to watch: n elements, each of which is read and written as a whole. Returns its number.
+  // Watches n elements of global memory, each of which is read and written as a whole. Returns the buffer's number.
   int watch(const void* begin, int64_t n, size_t element_bytes);
 
-  // Calls `launch`, of one kernel. Throws std::runtime_error where two threads access the same memory and one of them
-  // writes: an element of global memory in the same launch, a word of shared memory with no __syncthreads between.
+  // Calls `launch`, which launches one kernel. Throws std::runtime_error if two threads access the same memory and one
+  // of them writes: an element of global memory in the launch, a word of shared memory with no __syncthreads between.
   template <class Launch>
   void of_launch(const Launch& launch) {
     begin_launch();
@@ -76,8 +76,8 @@ class MemoryTrace {
   }
 
  private:
-  // The threads that have accessed an element or a word since a launch or a barrier, `since` in number; two readers are
-  // as many as matter.
+  // The threads that have accessed an element since the launch, or a word since the barrier, that `since` numbers. Two
+  // readers are enough to find every race.
   struct Users {
     uint64_t since = 0;
     int64_t writer = -1, reader = -1, other_reader = -1;
@@ -89,7 +89,7 @@ class MemoryTrace {
     std::vector<Users> users;
   };
   struct Access {
-    uint64_t request;  // warp, place, which in turn: equal in the threads of one
+    uint64_t request;  // warp, place and turn: equal for all threads of a request
     unsigned lane;
     uintptr_t at;
     int bytes, buffer;  // buffer: -1 for shared memory
@@ -106,14 +106,14 @@ class MemoryTrace {
   static inline thread_local MemoryTrace* active = nullptr;
   std::vector<Buffer> buffers;
   SharedTraffic shared_traffic;
-  std::vector<Users> shared_users;  // of each word
+  std::vector<Users> shared_users;  // for each word
   uint64_t launches = 0;
-  std::string race;                                   // the first, in words
-  std::map<std::pair<const void*, int>, int> places;  // in the code, of each buffer
+  std::string race;                                   // a description of the first one
+  std::map<std::pair<const void*, int>, int> places;  // place in the code and buffer → number
   // Since the last barrier:
   uint64_t in_phase = 0;
   std::vector<Access> accesses;
-  std::unordered_map<uint64_t, int> turns;  // of a thread at a place
+  std::unordered_map<uint64_t, int> turns;  // thread and place → accesses so far
 };
 
 }  // namespace cuda_emulation

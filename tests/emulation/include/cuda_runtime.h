@@ -1,8 +1,8 @@
 // Stands in for the CUDA toolkit's <cuda_runtime.h>: with this folder on the include path, g++ and clang++ compile
 // kernel source unchanged for the host. ../cuda_emulation.h launches the kernels.
 //
-// Undefined in CUDA, definite here: a shuffle from a lane outside the mask, and shared memory nobody has written,
-// read as 0xFF bytes, a NaN in every floating-point type.
+// Undefined in CUDA but defined here: a shuffle from a lane outside the mask, and a read of shared memory that nobody
+// has written, give 0xFF bytes, a NaN in every floating-point type.
 #pragma once
 
 #include <math.h>
@@ -85,6 +85,6 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize) {
   return cuda_emulation::shuffled(cuda_emulation::Operation::shfl_xor, mask, value, lane_mask, width);
 }
 
-// Not templates, so that they win against std::min and std::max under `using namespace std`.
+// Not templates, so that they win against std::min under `using namespace std`.
 inline int min(int a, int b) { return std::min(a, b); }
 inline int64_t min(int64_t a, int64_t b) { return std::min(a, b); }
