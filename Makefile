@@ -1,5 +1,5 @@
-# The commands one needs: `make bench`, `make demo` and `make test`. Each makes a virtual environment, installs, builds,
-# and runs.
+# The main commands: `make bench`, `make demo` and `make test`. Each creates a virtual environment, installs, builds, and
+# runs.
 #
 #   TORCH=torch==2.14.1   another torch    VENV=folder   another virtual environment    PYTHON=python3.12
 TORCH ?= torch==2.13.0
@@ -29,7 +29,7 @@ demo: install
 test: install test-cpp
 	$(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
-# What takes long: planted bugs, tensors of more than 2^31 elements.
+# The tests that take long: planted bugs, tensors of more than 2^31 elements.
 test-slow: install
 	$(BIN)/pytest -m slow
 
@@ -40,8 +40,7 @@ test-cpp: $(VENV)/.installed
 	$(BIN)/cmake --build $(CMAKE_BUILD)
 	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure --parallel 2
 
-# Without a GPU it says so and stops (the script exits with 3). On a machine whose Python has all that is needed, the
-# script runs alone.
+# Without a GPU, the script says so and exits with 3. Where Python has all that it needs, it can also be run directly.
 gpu-check:
 	@nvidia-smi -L > /dev/null 2>&1 || exec $(PYTHON) benchmarks/gpu_check.py
 	$(MAKE) .venv-gpu/.dependencies VENV=.venv-gpu TORCH=$(GPU_TORCH)
@@ -59,12 +58,12 @@ $(VENV)/.dependencies: pyproject.toml Makefile
 	    pytest pytest-xdist hypothesis mpmath onnx onnxscript onnxruntime scikit-learn
 	touch $@
 
-# Not editable: the compiled module in the source folder would serve one torch only.
+# Not editable: the compiled module would lie in the source folder, and fit one torch version only.
 $(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps .
 	touch $@
 
-# As pre-commit runs them, of the versions that it names.
+# Runs the linters and formatters as pre-commit does, in the versions that .pre-commit-config.yaml names.
 lint format: $(VENV)/.dependencies
 	$(BIN)/python -m pip install --quiet $(FORMATTERS)
 	$(BIN)/ruff check $(if $(filter format,$@),--fix) .

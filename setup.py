@@ -1,4 +1,4 @@
-"""Builds leaf_cuda._C: the CPU backend always, the CUDA backend where torch and a toolkit have CUDA.
+"""Builds leaf_cuda._C: the CPU backend always, the CUDA backend if torch is a CUDA build and a toolkit is found.
 
 Environment: TORCH_CUDA_ARCH_LIST (as in torch), CUDA_HOME, FORCE_CUDA=1 (no CUDA is an error), FORCE_CUDA=0 (the CPU
 backend only), MAX_JOBS.
@@ -17,11 +17,11 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 
-# Compiled for where neither TORCH_CUDA_ARCH_LIST nor a GPU says which; less those the toolkit no longer or not yet knows.
+# What is compiled for if neither TORCH_CUDA_ARCH_LIST nor a GPU decides, except what the toolkit does not support.
 PUBLISHED_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 
-# The oldest and the newest version of torch. What is built works with one minor version only, and requires that.
+# The oldest and the newest supported torch. A build works with one minor version of torch only, and requires that.
 SUPPORTED_TORCH = (2, 11), (2, 14)
 
 
@@ -32,7 +32,7 @@ def sources(*parts):
 
 
 def toolkit_of_nvcc():
-    """Where the nvcc on PATH says that it lies: itself it may be a wrapper script elsewhere."""
+    """The toolkit that the nvcc on PATH reports. (That nvcc may be a wrapper script outside of the toolkit.)"""
     if not shutil.which("nvcc"):
         return None
     said = subprocess.run(["nvcc", "-v", "no_file"], capture_output=True, text=True)
@@ -52,7 +52,7 @@ def find_cuda_home():
         lambda: os.environ.get("CUDA_HOME"),
         lambda: os.environ.get("CUDA_PATH"),
         toolkit_of_nvcc,
-        toolkit_of_torch,  # last: torch settles on its own guess once it was asked
+        toolkit_of_torch,  # last: importing cpp_extension settles torch's own choice
     ]
     for candidate in candidates:
         home = candidate()
@@ -67,7 +67,7 @@ def toolkit_release(cuda_home):
 
 
 def architectures(torch, cuda_home):
-    """As TORCH_CUDA_ARCH_LIST wants them: the user's, else those of the GPUs present, else the published ones."""
+    """In the format of TORCH_CUDA_ARCH_LIST: the user's, else those of the GPUs present, else the published ones."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if listed:
         return listed
@@ -80,7 +80,7 @@ def architectures(torch, cuda_home):
 
 
 def cuda_settings(torch):
-    """(CUDA_HOME, architectures), or None for a CPU build, with one line that says why."""
+    """(CUDA_HOME, architectures); or None for a CPU build, after printing a line that says why."""
     if os.environ.get("FORCE_CUDA") == "0":
         print("leaf_cuda: FORCE_CUDA=0, building the CPU backend only", file=sys.stderr)
         return None
@@ -100,14 +100,14 @@ def cuda_settings(torch):
 
 
 def openmp(torch, compiler):
-    """What to compile with and what to link for at::parallel_for, which else runs on one thread: the OpenMP runtime that
-    torch itself runs with, since another would not know torch.set_num_threads."""
+    """Compiler and linker flags for OpenMP, without which at::parallel_for runs on one thread. They link the runtime
+    that torch itself uses: another one would not obey torch.set_num_threads."""
     try:
         macros = [*shlex.split(compiler), "-x", "c++", "-dM", "-E", os.devnull]
         is_clang = "__clang__" in subprocess.run(macros, capture_output=True, text=True).stdout
     except OSError as error:
         sys.exit(f"leaf_cuda: the C++ compiler {compiler!r} cannot be run ({error}); install g++, or set CXX")
-    if is_clang:  # whose code calls LLVM's runtime, and not GCC's, which torch's wheels for Linux bring
+    if is_clang:  # its code calls LLVM's runtime, but torch's wheels for Linux bring GCC's
         hint = "; CXX=g++ builds them for all" if sys.platform == "linux" else ""
         print(f"leaf_cuda: built by Clang, the CPU kernels run on one thread{hint}", file=sys.stderr)
         return [], []
@@ -140,7 +140,7 @@ def extension_and_command():
         os.environ["CUDA_HOME"], os.environ["TORCH_CUDA_ARCH_LIST"] = settings
     from torch.utils import cpp_extension
 
-    standard = "-std=c++20"  # torch before 2.12 would take C++17
+    standard = "-std=c++20"  # torch before 2.12 would choose C++17
     cxx = [standard, "-O3", "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
     cxx += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
     if settings:
@@ -161,8 +161,8 @@ def extension_and_command():
     class Build(cpp_extension.BuildExtension):
         def finalize_options(self):
             super().finalize_options()
-            # ninja decides what is up to date, in one folder for each torch, kept between builds (pip would take a
-            # temporary one).
+            # ninja decides what is up to date. Each Python and torch version has a build folder, which is kept between
+            # builds (pip would take a temporary one).
             self.force = True
             self.build_temp = str(ROOT / "build" / f"temp-{sys.implementation.cache_tag}-torch-{torch.__version__}")
 

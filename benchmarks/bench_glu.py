@@ -17,7 +17,7 @@ from bench_leaf import TOLERANCE, at_least, formula, interleaved, parse, print_t
 
 import leaf_cuda
 
-SETS = 4  # beyond the last-level cache together
+SETS = 4  # together larger than the last-level cache
 
 
 def silu_gate(a, b, *parameters):
@@ -32,7 +32,7 @@ PROVIDERS = {"silu(a)·b": silu_gate, "plain formula·b": plain_gate, "leaf_glu"
 
 
 def step(gate, packed, parameters, x, halves, g):
-    """A training step: gradients to None, y, y.backward(g); → y."""
+    """A training step: sets gradients to None, computes y, runs y.backward(g); returns y."""
     for t in (x, *halves, *parameters):
         t.grad = None
     if not packed:
@@ -47,7 +47,7 @@ def step(gate, packed, parameters, x, halves, g):
 
 
 def verify(packed, parameters, x, halves, g) -> None:
-    """Raises if y and the gradients of leaf_glu are not the formula's."""
+    """Raises if y or a gradient of leaf_glu is not the formula's."""
 
     def results(gate):
         y = step(gate, packed, parameters, x, halves, g)

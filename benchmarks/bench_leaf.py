@@ -1,4 +1,4 @@
-"""Times the fused LEAF against other ways to its numbers, and against two floors, SiLU and a copy. See README.md."""
+"""Times the fused LEAF against other ways to compute it, and against two floors, SiLU and a copy. See README.md."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from torch.utils.benchmark import Timer
 
 import leaf_cuda
 
-# A GPU machine without a network may have torch, ninja and pytest alone (gpu_check.py): then the table comes unaligned,
-# and no bar shows the progress.
+# A GPU machine without network access may lack tabulate and tqdm (gpu_check.py): then tables are unaligned, and there
+# is no progress bar.
 try:
     from tabulate import tabulate
 except ImportError:
@@ -49,17 +49,17 @@ except ImportError:
 
     tqdm.write = lambda text, file: print(text, file=file)
 
-TENSORS_MOVED = {"forward": 2, "backward": 3, "both": 5}  # u, y; u, g, du: the fewest that any way can do with
-IN_CACHE_BELOW = 1 << 20  # bytes of u; work on such tensors is done in the cache in real use too
-CACHES_FILLED = 4  # the rotated u and g hold this many times the last-level cache,
-OF_MEMORY = 1 / 32  # and at most so much of the memory: graphs of eager operations take twenty times as much
+TENSORS_MOVED = {"forward": 2, "backward": 3, "both": 5}  # u, y; u, g, du: the minimum for any way to compute it
+IN_CACHE_BELOW = 1 << 20  # bytes of u; such tensors stay in the cache in real use too
+CACHES_FILLED = 4  # the buffers of u and g fill the last-level cache this many times,
+OF_MEMORY = 1 / 32  # but at most this part of the memory: graphs of eager operations take twenty times as much
 
 # Bounds for agreement with the fused LEAF, relative and absolute: a few roundings of the formula's intermediates in u's
 # dtype. A parameter's gradient sums n terms of either sign, so its absolute bound grows with sqrt(n).
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-# By luck of the heap's layout, glibc's malloc gives a tensor's pages back and faults them in anew on each step for one
-# provider and not for another. So every tensor comes from the heap, and the heap is never trimmed, for any of them.
+# Depending on the heap's layout, glibc's malloc returns a tensor's pages to the system and faults them in again on each
+# step, for one provider and not for another. With these settings all tensors come from the heap, which is not trimmed.
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_MAX_": "0"}
 
 
@@ -103,7 +103,7 @@ class Row(Case):
     median_ms: float
     p20_ms: float
     p80_ms: float
-    gb_per_s: float  # the phase's fewest bytes (TENSORS_MOVED) over the median
+    gb_per_s: float  # the phase's minimum of bytes (TENSORS_MOVED) over the median
     over_fused: float  # median over the rounds of this provider's time / fused LEAF's
     over_silu: float  # median over the rounds of this provider's time / SiLU's
     rounds: int
@@ -140,7 +140,7 @@ def cases(device: str, quick: bool) -> list[Case]:
             return [small, *cnn(128, 32, 32, 32)]
         rows = [Case("linear layer", (n, 1024), (1024,)) for n in (16384, 4096)]
         maps = [*cnn(256, 64, 32, 32), *cnn(128, 32, 32, 32), *channels_last(32, 64, 56, 56)]
-        odd = cnn(64, 256, 14, 14)[1]  # rows that are no whole vectors, as in a ResNet
+        odd = cnn(64, 256, 14, 14)[1]  # rows end within a vector, as in a ResNet
         return [small, *maps, odd, *rows, *block(8, 512, 3072)]
     if quick:
         return [small, *cnn(256, 64, 64, 64), block(8, 2048, 4096)[0]]
@@ -160,7 +160,7 @@ def formula(u, p1, p2, p3, p4):
 class AuthorsWay(torch.autograd.Function):
     """Eager operations; the parameters' gradients are returned in u's size, and autograd sums them to the parameters'.
 
-    Written anew, each intermediate computed once, where the authors' own backward computes some of them twice.
+    Each intermediate is computed once, whereas the authors' own backward computes some of them twice.
     """
 
     @staticmethod
@@ -191,7 +191,7 @@ FLOORS = ("silu", "copy")  # no LEAF: nothing to verify, no parameters to train
 class Bench:
     """One phase of one provider. ``sample(k)`` gives seconds per run, the mean of k runs.
 
-    The buffers hold u, g and what a run returns: it lives until its set's next turn, so that results rotate too.
+    The buffers hold u, g and what a run returns. It lives until its buffer's next turn, so that results rotate too.
     """
 
     def __init__(self, provider: str, phase: str, case: Case, buffers: list[SimpleNamespace], parameters: list[Tensor]):
@@ -231,7 +231,7 @@ class Bench:
         for _ in range(max(k // 100, 2)):
             self.step()
         # The device idles some 10 ms while the host enqueues the sample, so that no gap between launches is timed. In a
-        # small batch the launches are what a user waits for, so there they stay in.
+        # small batch the launches are what a user waits for, so there they are timed.
         if not self.case.in_cache:
             torch.cuda._sleep(20_000_000)
         start.record()
@@ -279,7 +279,7 @@ def run_case(case: Case, args: argparse.Namespace, progress: tqdm) -> list[dict[
     """For each phase, the row of each provider."""
     # Before compilation: compiled CPU code has the number of threads written into it.
     torch.set_num_threads(case.threads)
-    # Else the ninth case would find the limit of recompilations, and quietly run as eager operations.
+    # Otherwise the ninth case would reach the recompilation limit, and silently run as eager operations.
     torch.compiler.reset()
     torch.manual_seed(0)
     cache = last_level_cache(args.device)
@@ -326,7 +326,7 @@ def run_case(case: Case, args: argparse.Namespace, progress: tqdm) -> list[dict[
 
 
 def interleaved(runs: dict[Hashable, Callable[[], float]], rounds: int, progress: tqdm) -> dict[Hashable, list[float]]:
-    """What each run returns, its seconds, once in each round, in an order that is shuffled anew."""
+    """Calls each run once per round, in newly shuffled order. Returns the seconds that the calls returned, by name."""
     seconds, shuffle = {name: [] for name in runs}, random.Random(0).sample
     for _ in range(rounds):
         for name in shuffle(list(runs), len(runs)):
@@ -368,7 +368,7 @@ def ratio(times: list[float], others: list[float]) -> str:
 
 
 def print_table(lines: list[list[str]], headers: list[str], what: str, args: argparse.Namespace) -> None:
-    """The lines, what was measured, and where; to args.markdown too, if given."""
+    """Prints the lines, what was measured, and where; writes them to args.markdown too, if given."""
     rows = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
     text = f"{rows}\n\n{what}\n\n{below_table(machine(args))}\n"
     print(text)
@@ -383,7 +383,7 @@ def restart_with_malloc() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
 
 
-# Types of options. What they refuse is told in one line, before anything is measured.
+# Types of options. An invalid value is reported in one line, before anything is measured.
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -402,7 +402,7 @@ def device(text: str) -> str:
 
 
 def output_folder(text: str) -> Path:
-    """Makes it, so that a run does not end in an error."""
+    """Makes the folder now, so that a run does not fail at its end."""
     folder = Path(text)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -414,7 +414,7 @@ def output_folder(text: str) -> Path:
 
 
 def output_file(text: str) -> Path:
-    """Makes its folder."""
+    """Makes the file's folder."""
     file = Path(text)
     output_folder(file.parent)
     if file.is_dir():
@@ -439,7 +439,7 @@ def add_options(parser: argparse.ArgumentParser, rounds: int, least_rounds: int 
 
 
 def parse(parser: argparse.ArgumentParser, rounds: int) -> argparse.Namespace:
-    """The options of a script of its own, and those that each of them has; its threads and its malloc are then set."""
+    """Parses a script's own options and those that all benchmarks have; sets the threads and malloc."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_options(parser, rounds)
     args = parser.parse_args()
@@ -487,7 +487,7 @@ def below_table(m: dict, crowded: bool = False) -> str:
 
 
 def table(results: list[dict[str, Row]], style: str) -> str:
-    """A line per case and phase: the fused LEAF's time, and its ratio to each other's, below 1 where faster."""
+    """A line per case and phase: the fused LEAF's time, and its ratio to each other's, below 1 where LEAF is faster."""
     others, lines = ("silu", "compile", "plain", "authors", "copy"), []
     for rows in results:
         fused = rows["fused"]
@@ -537,7 +537,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     if args.plot:
-        import plots  # noqa: F401  so that a missing matplotlib is told before, not after
+        import plots  # noqa: F401  so that a missing matplotlib is reported before the run
     if args.device == "cpu" and not args.default_malloc:
         restart_with_malloc()
     if leaf_cuda.backend_for(torch.empty(0, device=args.device)) == "composite":

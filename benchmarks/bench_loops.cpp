@@ -49,7 +49,7 @@ struct Data {
     std::fill_n(operands.out_row, kMaxOutputs, kColumns);
   }
 
-  // Normal numbers, as convert(float) stores them.
+  // Fills the inputs with normally distributed numbers, as convert(float) stores them.
   template <class F>
   void fill(F convert) {
     std::mt19937 random(0);

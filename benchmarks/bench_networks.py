@@ -43,12 +43,12 @@ ACTIVATIONS = {
 }
 
 
-#: Of ACTIVATIONS, those of which a network is compiled, too.
+#: Those of ACTIVATIONS whose networks are also compiled.
 COMPILED = ("SiLU", "LEAF per layer", "LEAF per channel", "LEAF per element")
 
 
 class Transformer(nn.Module):
-    """A block of 64 patches of 128 features, with the activation in its MLP of 512."""
+    """A block for 64 patches of 128 features, with the activation in its MLP of 512 features."""
 
     def __init__(self, input_shape, *, conv, fc):
         super().__init__()
@@ -105,9 +105,9 @@ def main() -> None:
                 trainings[f"{name}, compiled"] = Training(network, ACTIVATIONS[name], x, target, compiled=True)
             losses = {}
             for name, training in trainings.items():
-                torch.manual_seed(1)  # of the dropout
+                torch.manual_seed(1)  # for dropout
                 losses[name] = training.iteration().item()
-            for name, loss in losses.items():  # the same weights, and SiLU's form
+            for name, loss in losses.items():  # all but ReLU's: same weights, SiLU's form
                 if name != "ReLU" and abs(loss - losses["SiLU"]) > 1e-4 * losses["SiLU"]:
                     sys.exit(f"{network.__name__}, {name}: loss {loss}, but {losses['SiLU']} with SiLU")
             runs = {name: partial(training.seconds, args.iterations) for name, training in trainings.items()}

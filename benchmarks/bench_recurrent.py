@@ -20,7 +20,7 @@ from leaf_cuda.nn import LeafGRU, LeafLSTM
 
 
 class Eager:
-    """The formula of a layer's step in eager operations, step by step."""
+    """Computes a layer by the formula in eager operations, step by step."""
 
     def _compute(self, tensors, batch_sizes, reverse):
         return reference.recurrent(*tensors.values(), batch_sizes, reverse)
@@ -38,7 +38,7 @@ KINDS = {"LSTM": (nn.LSTM, LeafLSTM, EagerLSTM), "GRU": (nn.GRU, LeafGRU, EagerG
 
 
 def seconds(layer, x) -> float:
-    """A training step: gradients to None, output, backward of its sum."""
+    """A training step: sets gradients to None, computes the output, runs backward from its sum."""
     start = time.perf_counter()
     layer.zero_grad()
     layer(x)[0].sum().backward()
@@ -48,7 +48,7 @@ def seconds(layer, x) -> float:
 
 
 def verify(fused, eager, x) -> None:
-    """Raises if the fused layer's output and gradients are not the eager one's, which takes its parameters."""
+    """Gives the eager layer the fused one's parameters; raises if output or gradients differ."""
     eager.load_state_dict(fused.state_dict())
 
     def results(layer):

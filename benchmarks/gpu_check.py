@@ -24,12 +24,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = 3
-NO_TESTS = 5  # pytest's exit code for a file that has none of those asked for
+NO_TESTS = 5  # pytest's exit code if a file has none of the selected tests
 LIMIT_SECONDS = 540
 LEAST_SECONDS = 10  # with less left, a step is not begun
 TEST_PROCESSES = 8
 
-# With so many rows that a step takes a GPU longer than Python takes for it.
+# Rows enough that the GPU takes longer for a step than Python does.
 MORE_BENCHMARKS = {"glu": ["--rows", "65536"], "recurrent": []}
 RESULT_FILES = {"csv": "full.csv", "json": "full.json", "markdown": "full.md"}
 
@@ -50,7 +50,7 @@ def gpu_name() -> str | None:
 
 
 class Run:
-    """Runs the steps, each with a log, and keeps what became of them."""
+    """Runs the steps, each with a log, and keeps their outcomes."""
 
     def __init__(self, folder: Path):
         self.logs = folder / "logs"
@@ -69,7 +69,7 @@ class Run:
         good_codes: tuple[int, ...] = (0,),
         **environment: str,
     ) -> bool:
-        """Runs the commands, each with a log of its name, so many at a time."""
+        """Runs the commands, `at_once` at a time, each with a log of its name. Returns whether all succeeded."""
         seconds = min(seconds, LIMIT_SECONDS - (time.monotonic() - self.started))
         if seconds < LEAST_SECONDS:
             self.outcomes[name] = "NOT RUN: no time left"
@@ -111,7 +111,7 @@ class Run:
 
     @staticmethod
     def end(process: subprocess.Popen) -> None:
-        """With what it started, which would disturb the next step."""
+        """Kills the process and what it started, which would disturb the next step."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -120,7 +120,7 @@ class Run:
         self.outcomes[name] = f"NOT RUN: {reason}"
 
     def lacks(self, name: str, reason: str) -> None:
-        """A step that this machine has no tool for: said, and no failure."""
+        """Records a step that this machine has no tool for, which is no failure."""
         self.skip(name, reason)
         self.missing.add(name)
 
@@ -133,7 +133,7 @@ def test_commands(folder: Path) -> dict[str, list[str]]:
 
 
 def commit() -> str:
-    """Of the checkout, where there is one, and git."""
+    """The checkout's commit, if this is a checkout and git is installed."""
     with contextlib.suppress(OSError):
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         if head:
@@ -152,7 +152,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the quick benchmark")
     options = parser.parse_args()
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what was started is ended, too
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that started processes are killed, too
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     device = gpu_name()
     if device is None:
@@ -176,7 +176,7 @@ def main() -> int:
     }
     (folder / "machine.json").write_text(json.dumps(machine, indent=1) + "\n")
 
-    # Of an earlier run.
+    # Remove an earlier run's results.
     shutil.rmtree(folder / "logs", ignore_errors=True)
     tables = [f"{name}.md" for name in MORE_BENCHMARKS]
     for path in (*map(folder.joinpath, (*RESULT_FILES.values(), *tables, "summary.txt")), *folder.glob("*.png")):
@@ -212,7 +212,7 @@ def main() -> int:
                 run.lacks(tool, "compute-sanitizer is not on PATH")
                 continue
             check = [checker, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=9leaf_cuda"]
-            # Torch's own allocator cuts tensors from large pieces: what is written past one would be in another.
+            # torch's caching allocator cuts tensors from large blocks: a write past one tensor would land in another.
             run.step(
                 tool,
                 {tool: [*check, python, "-m", "pytest", "-x", *CHECKED_TESTS]},

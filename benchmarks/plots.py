@@ -32,7 +32,7 @@ def save(figure, path: Path) -> None:
 
 
 def ratios(rows: list[dict], path: Path) -> None:
-    """Of each case, fused LEAF's time over SiLU's in each phase; longer than 1 is slower than SiLU."""
+    """For each case and phase, a bar of fused LEAF's time over SiLU's; longer than 1 is slower than SiLU."""
     fused = [row for row in rows if row["provider"] == "fused"]
     labels = list(dict.fromkeys(map(name, fused)))
     figure, axes = plt.subplots(figsize=(9, 1 + 0.6 * len(labels)))
@@ -49,7 +49,7 @@ def ratios(rows: list[dict], path: Path) -> None:
 
 
 def sizes(rows: list[dict], path: Path) -> None:
-    """Of a sweep: nanoseconds per element, GB/s, and the ratio to SiLU, forward and backward together."""
+    """For a sweep: nanoseconds per element, GB/s, and the ratio to SiLU, forward and backward together."""
     both = [row for row in rows if row["phase"] == "both"]
     copies = {math.prod(r["shape"]): r["gb_per_s"] for r in rows if r["provider"] == "copy" and r["phase"] == "forward"}
     granularities = list(dict.fromkeys(math.prod(row["parameter_shape"]) for row in both))

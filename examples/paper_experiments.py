@@ -5,12 +5,12 @@ python examples/paper_experiments.py --data cifar10 --download --network LeNet5 
     --form ReLU SiLU --procedure standard double-stage slow double-stage-slow
 torchrun --nproc-per-node 2 examples/paper_experiments.py ...      DistributedDataParallel; a batch is shared among them
 
-Options with several values make a grid, all of which is trained. A run that was killed goes on after its last full epoch
-when the same command is given again, and ends, on the CPU, as if it had not been.
+Options with several values make a grid, all of which is trained. If a run was killed, the same command resumes it after
+its last complete epoch; on the CPU, its results are those of an uninterrupted run.
 
-In the folder --output: of each run RUN.csv (its epochs), RUN.pt (its last state) and RUN-forms.png (what its activations
-became); of the command's runs summary.csv, table.md and the curves. Takes `pip install ".[examples]"`, and torchvision for
-the data that are not bundled.
+Written to the folder --output: for each run RUN.csv (its epochs), RUN.pt (its last state) and RUN-forms.png (what its
+activations became); for the command's runs summary.csv, table.md and the curves. Needs `pip install ".[examples]"`, and
+torchvision for the data that are not bundled.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from leaf_cuda import AHAF, LEAF, fixed_activations, models
 from leaf_cuda.optim import DoubleStageTuner, leaf_param_groups
 from leaf_cuda.plot import plot_forms
 
-#: The fixed activations that LEAF has a form of that name for.
+#: The fixed activations that have a LEAF form of the same name, by that name.
 FIXED = {fixed.form: kind for kind, fixed in fixed_activations.FIXED.items() if isinstance(fixed.form, str)}
 NETWORKS = {"LeNet5": models.LeNet5, "KerasNet": models.KerasNet}
-#: The authors' optimizers, with the rates of all parameters and, where it is slow, of p2 and p4.
+#: The authors' optimizers, with the learning rate of all parameters, and that of p2 and p4 in the slow procedures.
 OPTIMIZERS = {
     "adam": (torch.optim.Adam, 1e-3, 1e-6),
     "rmsprop": (partial(torch.optim.RMSprop, alpha=0.9, eps=1e-7), 1e-4, 1e-5),
@@ -59,7 +59,7 @@ TEST_BATCH = 1000
 
 @dataclass(frozen=True)
 class Run:
-    """What decides a run's result; the options of the same names say what each is."""
+    """The settings that determine a run's result; they are described by the options of the same names."""
 
     data: str
     network: str
@@ -78,7 +78,8 @@ class Run:
         return "-".join(map(str, ({**shown, "batch": f"batch{self.batch}", "seed": f"seed{self.seed}"}).values()))
 
     def meaningful(self) -> Run:
-        """Without what this run's activation does not have: p2 and p4, or any parameters."""
+        """The run without settings that mean nothing to its activation: AHAF has no p2 and p4, a fixed one no
+        parameters at all."""
         if self.activation == "fixed":
             return replace(self, granularity="-", part="-", procedure="standard")
         if self.activation == "AHAF":
@@ -157,7 +158,8 @@ DATA: dict[str, Callable[[Path, bool], Data]] = {
 
 
 def augment(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to 10 % of its height and width, in whole pixels, over 0, and mirrored or not."""
+    """Moves each image at random by up to 10 % of its height and width, in whole pixels, over a background of 0; if
+    `flip`, mirrors each with probability 1/2."""
     n, _, height, width = images.shape
     index = []
     for size in (height, width):
@@ -204,7 +206,7 @@ def started_processes(device: torch.device) -> Iterator[Processes]:
     try:
         yield Processes(device, distributed.get_rank(), distributed.get_world_size())
     finally:
-        gc.collect()  # what holds the group, whose threads have to end before Python does
+        gc.collect()  # free what holds the group, whose threads must end before Python does
         distributed.destroy_process_group()
 
 
@@ -262,8 +264,8 @@ class Training:
         return loss.detach()
 
     def epoch(self, progress: tqdm) -> None:
-        """One pass over the training data, then the test. What is random in it follows from the run's seed and the
-        number of the epoch alone, so that an interrupted run can be taken up at the end of any."""
+        """One pass over the training data, then the test. Its random numbers depend only on the run's seed, the epoch's
+        number and the process, so that an interrupted run can be resumed after any epoch."""
         run, rank, count = self.run, self.processes.rank, self.processes.count
         number = len(self.history) + 1
         generator = torch.Generator().manual_seed(seed_of(run.seed, number))  # the same in each process
@@ -273,7 +275,8 @@ class Training:
         start = time.perf_counter()
         total_loss, correct = 0.0, 0
         for batch in torch.randperm(len(labels), generator=generator).split(run.batch):
-            # DistributedDataParallel takes the mean of the processes' gradients, whose shares may differ in size.
+            # DistributedDataParallel averages the processes' gradients, and their shares may differ in size: hence the
+            # factor in closure.
             x = augment(images[batch], self.data.flip, generator)[rank::count].to(self.device)
             target = labels[batch][rank::count].to(self.device)
 
@@ -348,7 +351,8 @@ class Training:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """At any moment `path` holds all of what it held or all of `content`, also if the machine stops."""
+    """Writes `path` so that at any moment it holds all of its old content or all of `content`, even if the machine
+    stops."""
     partial_file = path.with_name(path.name + ".part")
     with open(partial_file, "wb") as file:
         file.write(content)
@@ -358,7 +362,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def train(run: Run, data: Data, epochs: int, output: Path, processes: Processes) -> Training:
-    """The run with at least `epochs` epochs behind it: taken up where it was left, or from the beginning."""
+    """Trains the run until it has `epochs` epochs or more: from its checkpoint if there is one, else from the start."""
     training = Training(run, data, processes)
     checkpoint = output / f"{run.name}.pt"
     if checkpoint.exists():
@@ -370,7 +374,7 @@ def train(run: Run, data: Data, epochs: int, output: Path, processes: Processes)
         initial=min(len(training.history), epochs) * steps,
         desc=run.name,
         unit="batch",
-        disable=processes.rank > 0 or None,  # None: where there is no terminal
+        disable=processes.rank > 0 or None,  # None: disabled without a terminal
     ) as progress:
         while len(training.history) < epochs:
             training.epoch(progress)
@@ -397,7 +401,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def differing(rows: list[dict]) -> list[str]:
-    """The keys of which the rows have more than one value; "-" is none."""
+    """The keys for which the rows have more than one value, not counting "-"."""
     return [key for key in rows[0] if len({row[key] for row in rows} - {"-"}) > 1]
 
 

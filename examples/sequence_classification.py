@@ -1,10 +1,11 @@
-"""Handwritten digits, read row by row: a recurrent layer with fixed sigmoids and tanhs against one with LEAF in their place.
+"""Handwritten digits, read row by row: a recurrent layer with fixed sigmoids and tanhs against one with LEAF instead.
 
 python examples/sequence_classification.py
 python examples/sequence_classification.py --kind GRU --per-unit --seed 0 1 2
 
 scikit-learn's 1,797 digits of 8 rows of 8 pixels are sequences of 8 steps; the last state goes to a linear layer. Both
-layers start from the same weights and see the same batches. About a minute on a CPU of two cores. Takes `pip install ".[examples]"`.
+layers start from the same weights and see the same batches. Takes about a minute on two CPU cores; needs
+`pip install ".[examples]"`.
 """
 
 from __future__ import annotations

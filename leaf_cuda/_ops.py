@@ -31,8 +31,8 @@ def _load():
 
 _C = _load()
 
-# The operators for a call of plain tensors with no mode, transform or tracer around it; elsewhere they return
-# NotImplemented, and torch.ops has them.
+# A short way to the operators for plain tensors, with no mode, transform or tracer around the call. Otherwise these
+# return NotImplemented, and the call must go through torch.ops.
 plain_leaf_forward = _C.leaf_forward
 plain_leaf_glu_forward = _C.leaf_glu_forward
 
@@ -53,13 +53,13 @@ _DEVICES = frozenset(
 )
 
 
-#: The names of the four parameters, in their order everywhere.
+#: The names of the four parameters, in the order that is used everywhere.
 PARAMETERS = ("p1", "p2", "p3", "p4")
 
 
 def constant_to_dynamo(function):
-    """A decorator for what Dynamo is to call as it traces, and not to trace. ``torch.compiler.assume_constant_result`` does
-    the same, but imports all of ``torch._dynamo``, which takes as long as torch itself."""
+    """A decorator: Dynamo calls the function while it traces, and takes the result as a constant. So does
+    ``torch.compiler.assume_constant_result``, but it imports all of ``torch._dynamo``, which takes as long as torch."""
     function._dynamo_marked_constant = True
     return function
 

@@ -1,4 +1,4 @@
-"""vmap rules: a batch is one more dimension of u, and of the parameters that have it, so that a batch is one call."""
+"""vmap rules: the batch becomes one more dimension of u and of batched parameters, so that it takes a single call."""
 
 import torch
 from torch import Tensor
@@ -7,25 +7,25 @@ from . import _ops
 
 
 def _batch_first(t: Tensor, dim: int | None, size: int) -> Tensor:
-    """(…) with the batch at `dim`, or without → (batch, …)."""
+    """t as (batch, …): its batch dimension `dim` moved to the front, or, if it has none, expanded by one of `size`."""
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
 def _aligned(p: Tensor | None, dim: int | None, size: int, rank: int, own: bool) -> Tensor | None:
-    """A parameter as it broadcasts to (batch, *u.shape), where u has `rank` dimensions, with 1 for the batch where it is
-    not batched. With `own` every part of the batch has its own copy, which gets its own gradient. So has it with more
-    dimensions than u: behind a 1 those that do not broadcast to u might to the batch."""
+    """A parameter reshaped to broadcast to (batch, *u.shape), where u has `rank` dimensions. If it is not batched, its
+    batch dimension is 1; with `own` it is `size`, so that each sample gets a gradient of its own. It is `size` as well
+    if the parameter has more dimensions than u: behind a 1, those that do not fit u might broadcast to the batch."""
     if p is None:
         return None
     p = _batch_first(p, dim, size if own or p.dim() > rank else 1)
     batch, *shape = p.shape
-    while len(shape) > rank and shape[0] == 1:  # it may begin with 1s beyond u's dimensions
+    while len(shape) > rank and shape[0] == 1:  # leading 1s beyond u's dimensions are allowed
         del shape[0]
     return p.reshape(batch, *(1,) * (rank - len(shape)), *shape)
 
 
 def forward_rule(leaf_forward):
-    """The vmap rule of `leaf_forward`, and by it."""
+    """The vmap rule of `leaf_forward`, which calls `leaf_forward` once for the whole batch."""
 
     def rule(info, in_dims, u, *parameters):
         size = info.batch_size
@@ -37,7 +37,7 @@ def forward_rule(leaf_forward):
 
 
 def _unaligned(gradients, parameters, in_dims, size):
-    """A gradient for each part of a batch: of `_aligned`'s shape → (batch, *the parameter's own)."""
+    """Gradients of `_aligned` parameters, reshaped to (batch, *the parameter's own shape): one for each sample."""
     return [
         d if d is None else d.reshape(_batch_first(p, dim, size).shape)
         for d, p, dim in zip(gradients, parameters, in_dims)
@@ -49,7 +49,7 @@ def _with_dims(results):
 
 
 def backward_rule(leaf_backward):
-    """The vmap rule of `leaf_backward`, and by it. Every part of a batch has its own gradient of each parameter."""
+    """The vmap rule of `leaf_backward`, which calls it once. Each sample has its own gradient of each parameter."""
 
     def rule(info, in_dims, grad, u, *rest):
         *parameters, mask = rest
@@ -63,7 +63,7 @@ def backward_rule(leaf_backward):
 
 
 def double_backward_rule(leaf_double_backward):
-    """The vmap rule of `leaf_double_backward`, and by it: as :func:`backward_rule`."""
+    """The vmap rule of `leaf_double_backward`, which calls it once: as :func:`backward_rule`."""
 
     def rule(info, in_dims, v, *rest):
         directions, (grad, u), parameters, mask = rest[:4], rest[4:6], rest[6:10], rest[10]
@@ -82,7 +82,7 @@ def double_backward_rule(leaf_double_backward):
 
 
 def _gate(a: Tensor, dim: int | None, b: Tensor | None, size: int) -> Tensor:
-    """a, (batch, …). Without b the halves are of its last dimension, which must not be the batch."""
+    """a as (batch, …). Without b, its last dimension is split into halves, so that must not be the batch."""
     a = _batch_first(a, dim, size)
     if b is None and a.dim() == 1:
         raise ValueError(

@@ -28,9 +28,9 @@ from .tracing import called_name, calls_of, modes_of, names_an_activation, set_m
 class Replaced:
     """One activation that was replaced.
 
-    ``name`` is the module's in the model, ``old`` and ``new`` tell both activations, and ``difference`` is the largest
-    between them over [-10, 10], in float64; None where the old one has parameters, is on the meta device, or takes no such
-    input. ``calls`` tells how often the run with ``example_inputs`` came by; None where there were none.
+    ``name`` is its name in the model; ``old`` and ``new`` describe both activations. ``difference`` is their largest
+    difference over [-10, 10], in float64; None if the old one has parameters (0 for an AHAF), is on the meta device, or
+    takes no such input. ``calls`` is how often the run with ``example_inputs`` called it; None without example inputs.
     """
 
     name: str
@@ -53,9 +53,9 @@ class Kept:
 class Report:
     """What :func:`replace_activations` did. ``str(report)`` is for reading.
 
-    ``output_difference`` is the largest between the model's outputs before and after, for ``example_inputs``, and
-    ``largest_output`` the largest of those before, without their signs; None where there were none, or no tensors that
-    have values came out.
+    ``output_difference`` is the largest difference between the model's outputs for ``example_inputs`` before and after,
+    and ``largest_output`` the largest absolute value of those before. Both are None without example inputs, or if the
+    model returned no tensors that have values.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
@@ -92,43 +92,47 @@ def replace_activations(
 
     nn.ReLU, SiLU, Tanh and Sigmoid keep their values (ReLU within 5e-6), GELU, Hardswish and Hardsigmoid nearly. They
     are found as modules, as functions kept in attributes (``self.act = F.gelu``), and as calls (``F.relu(x)``,
-    ``x.tanh()``) in a ``forward`` that torch.fx can trace and that takes the same way at each call. Left alone is one
-    that depends on its inputs, their types, which of its arguments are given, grad mode, autocast, or the mode of a
-    child, that draws random numbers, changes what the module holds, or has a ``with`` statement. No trace sees
-    ``type(x) is ...``, ``x is y`` and ``match x``; but one that computes something else from ``example_inputs`` is not
-    taken. A traced module gets the traced ``forward``, under which the values it read from its attributes stay as they
-    were, and new children for the calls; its other methods keep theirs. ``deepcopy`` and ``state_dict`` work on it,
-    ``pickle`` refuses it. nn.TransformerEncoder loses its fast path, which made zeros of padded positions in eval mode.
-    Sigmoids and tanhs that are gates or outputs are replaced like others. Once trained they have no bounds, which BCELoss,
-    say, relies on: ``rules`` leave them alone.
+    ``x.tanh()``) in a ``forward`` that torch.fx can trace and that does the same at each call. A ``forward`` is left
+    alone if what it does depends on its inputs, their types, which of its arguments are given, grad mode, autocast, or
+    the mode of a child; or if it draws random numbers, changes what the module holds, or has a ``with`` statement. A
+    trace does not see ``type(x) is ...``, ``x is y`` and ``match x``; but it is not used if it computes something else
+    from ``example_inputs``.
 
-    Each place gets parameters of its own, also where one parameterless module, ``act = nn.ReLU()``, stands in several. A
-    place that its module calls several times has one set for all; where their inputs take several sizes, each call gets
-    its own, if it is a child of the module whose forward calls it, and that can be traced.
-    An activation that worked in place does so no more. A call whose input is used again behind it is left alone; of a
+    A traced module gets the traced ``forward``, in which the values it read from its attributes are constants, and a
+    new child for each replaced call. Calls in its other methods stay. ``deepcopy`` and ``state_dict`` work on it,
+    ``pickle`` raises. nn.TransformerEncoder loses its fast path, which set padded positions to zero in eval mode.
+    Sigmoids and tanhs that are gates or outputs are replaced like any others. Once trained, they are no longer bounded,
+    as BCELoss, for example, requires: exclude those by ``rules``.
+
+    Each place gets parameters of its own, even if one parameterless module, ``act = nn.ReLU()``, stands in several. A
+    place that its module calls several times has one set of parameters for all calls. If their inputs need parameters
+    of several sizes, each call gets its own set, provided that the activation is a child of the module whose
+    ``forward`` calls it, and that this ``forward`` can be traced.
+
+    LEAF never works in place. An in-place call whose input is used again after it is left alone; but of an in-place
     module, ``nn.ReLU(inplace=True)``, and of an input used again through a view, only ``output_difference`` shows it.
-    Make the optimizer, and wrap in DDP or FSDP, afterwards. To load a state dict of the result, call this with the same
-    arguments on the model it came from first.
+    Create the optimizer, and wrap in DDP or FSDP, afterwards. To load a state dict of the result, first call this with
+    the same arguments on the model it came from.
 
     Args:
-        model: any module, but an activation itself, which has no place to be replaced in.
+        model: any module except an activation itself, which is in no module where it could be replaced.
         kind: LEAF, or AHAF for the forms it has.
         granularity: "layer", "channel" or "element" of the input without its first dimension, the batch.
         channel_dim: the dimension of the channels in the activations' inputs: 1 in (N, C, H, W), -1 in (N, L, C).
         example_inputs: the model's input, a tuple of them, or a dict of keyword arguments. The model runs on them, in
-            eval mode and without gradients, before and after, and between to try traced forwards; "channel" and
-            "element" take their sizes from the run.
-        rules: what to do with some of the activations, by the name of the module with wildcards (``"head.*"``), or by
-            its exact type, fixed activations of your own among them. The value is a form as LEAF's ``init_as``, None to
+            eval mode and without gradients: before and after, and in between to try traced forwards. "channel" and
+            "element" take their sizes from these runs.
+        rules: what to do with particular activations, by the module's name with wildcards (``"head.*"``) or by its
+            exact type, which may be a fixed activation of your own. The value is a form as LEAF's ``init_as``, None to
             leave it alone, or a dict of ``init_as``, ``kind``, ``granularity`` and ``channel_dim``. The first rule that
             matches decides.
 
     Returns:
-        What was replaced, and what was not and why. With nothing to replace there is a warning, too.
+        What was replaced, and what was not and why. If nothing was replaced, there is a warning, too.
 
     Raises:
-        TypeError, ValueError: an argument is none of these, or the model is wrapped in DDP or FSDP already. Whatever is
-            raised, also by the model itself in its run, the model stays as it was.
+        TypeError, ValueError: an argument is invalid, or the model is wrapped in DDP or FSDP already. After any
+            exception, also one that the model itself raises in a run, the model is as it was before.
     """
     defaults = {"kind": kind, "granularity": granularity, "channel_dim": channel_dim}
     rules = _check(model, defaults, rules or {})
@@ -138,7 +142,7 @@ def replace_activations(
     refused: dict[str, str] = {}
     split: dict[str, str] = {}
     report = None
-    while report is None:  # what a run of the model refuses leaves no trace: all is done again without it
+    while report is None:  # places that a run refuses are kept: all is undone, and done again without them
         with contextlib.ExitStack() as undo:
             try:
                 report = _Conversion(model, defaults, rules, inputs, refused, split, undo).run()
@@ -151,10 +155,10 @@ def replace_activations(
 
 
 def freeze_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Leaves only the parameters of LEAF and AHAF trainable: all others require no gradient from here on.
+    """Leaves only the parameters of LEAF and AHAF trainable: all others no longer require gradients.
 
-    Returns those that it froze: ``for p in frozen: p.requires_grad_(True)`` takes it back. Batch normalisation goes on
-    with its running statistics in train mode.
+    Returns the frozen ones: ``for p in frozen: p.requires_grad_(True)`` undoes it. Batch normalisation still updates
+    its running statistics in train mode.
 
     Raises TypeError for a model that is no module, ValueError for one without LEAF and AHAF.
     """
@@ -169,14 +173,14 @@ def freeze_weights(model: nn.Module) -> list[nn.Parameter]:
 
 _RECURRENT = "its activations are inside torch's own recurrent step; leaf_cuda.nn has LSTM and GRU with LEAF"
 
-#: torch's own layers that hold an activation as a function, and whose forwards are not traced.
+#: torch's own layers that keep an activation function in an attribute. Their forwards are not traced.
 _WITH_ACTIVATION = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 _OPTIONS = ("init_as", "kind", "granularity", "channel_dim")
 
 
 def _check(model, defaults: dict, rules: Mapping) -> dict[str | type, dict | None]:
-    """The rules with each form as a dict of options; raises for arguments that are wrong."""
+    """The rules, with each form as a dict of options. Raises for invalid arguments."""
     check_model(model)
     wrappers = (DistributedDataParallel,)
     if torch.distributed.is_available():
@@ -216,7 +220,7 @@ def _check(model, defaults: dict, rules: Mapping) -> dict[str | type, dict | Non
 
 @dataclass
 class _Traced:
-    """A module that got a traced forward, and children for the calls in it."""
+    """A module that got a traced forward, and a child for each replaced call in it."""
 
     name: str
     module: nn.Module
@@ -236,7 +240,7 @@ class _Traced:
 
 @dataclass
 class _Place:
-    """An activation in its parent, and what it saw in the example run."""
+    """An activation at its place in a parent module, and the inputs it got in the run with example inputs."""
 
     name: str
     parent: nn.Module
@@ -244,14 +248,16 @@ class _Place:
     old: nn.Module
     label: str
     options: dict
-    is_child: bool = False  # it stands there in the model itself, not as a function or a call
-    of_module: str | None = None  # the module of which it is a call
+    is_child: bool = False  # a module of the model itself, neither a function nor a call
+    of_module: str | None = None  # the name of the module that it is a call of
     inputs: list[tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=list)
 
 
 class _Conversion:
-    """refused: places → why they are kept, or "", and no word of it. split: modules whose calls are to be places each →
-    why the module cannot be one."""
+    """One attempt to convert a model.
+
+    refused: places to keep → the reason for the report, or "" for no entry. split: names of modules each of whose calls
+    is to be a place → why the module itself cannot be one."""
 
     def __init__(
         self,
@@ -266,15 +272,15 @@ class _Conversion:
         self.model, self.defaults, self.rules, self.inputs = model, defaults, rules, inputs
         self.refused, self.split, self.undo = refused, split, undo
         self.not_split = dict(split)
-        self.still_called: set[str] = set()  # of those that were split
+        self.still_called: set[str] = set()  # those of `split` that other modules still call
         self.refused_now: dict[str, str] = {}
-        self.module_calls: list[tuple[str, tuple, dict]] = []  # of traced forwards: whom, with what
+        self.module_calls: list[tuple[str, tuple, dict]] = []  # in traced forwards: child, args, kwargs
         self.report = Report()
         self.unmatched = dict.fromkeys(rules)
         self.activations = (*FIXED, AHAF, *(key for key in rules if isinstance(key, type)))
         self.places: list[_Place] = []
         self.traced: list[_Traced] = []
-        self.inside: set[nn.Module] = set()  # what is in an activation, which is decided as a whole
+        self.inside: set[nn.Module] = set()  # submodules of activations, which are decided on as a whole
 
     def run(self) -> Report:
         before = self._outputs()
@@ -310,7 +316,7 @@ class _Conversion:
             self.report.largest_output = _difference(before, [torch.zeros_like(t) for t in before])
         return self.report
 
-    # What is there. Each find makes the fixed activation a module of one place, so that what follows knows only those.
+    # Finding activations. Each method makes a fixed activation a module at one place: later steps know only modules.
 
     def _find_children(self, name: str, module: nn.Module) -> None:
         for attribute, child in list(module._modules.items()):
@@ -333,7 +339,7 @@ class _Conversion:
                     self._add(_Place(path, module, attribute, own, repr(child), options, is_child=True))
 
     def _find_functions(self, name: str, module: nn.Module) -> None:
-        """Functions in attributes, nn.TransformerEncoderLayer's among them, and functools.partial of them."""
+        """Finds functions in attributes, such as nn.TransformerEncoderLayer's, and functools.partial of them."""
         for attribute, function in list(vars(module).items()):
             called, keywords = function, {}
             if isinstance(function, functools.partial) and not function.args:
@@ -348,11 +354,11 @@ class _Conversion:
             ):
                 reason = "no known activation; a module would be found, and a rule for its type"
                 self.report.kept.append(Kept(path, label, reason))
-            if kind is None or hasattr(type(module), attribute):  # which would hide a module; its calls are found
+            if kind is None or hasattr(type(module), attribute):  # a class attribute hides a module; calls are found
                 continue
             try:
                 fixed = kind(**keywords)
-            except TypeError:  # nn.Threshold
+            except TypeError:  # nn.Threshold has required arguments
                 self.report.kept.append(Kept(path, label, "it is called with more than its input"))
                 continue
             if (options := self._decide(path, fixed)) is None:
@@ -363,11 +369,11 @@ class _Conversion:
             self._add(_Place(path, module, attribute, fixed, label, options))
 
     def _find_calls(self, name: str, module: nn.Module) -> None:
-        """Calls of functions and Tensor methods, in forwards that torch.fx can trace."""
+        """Finds calls of functions and Tensor methods, in forwards that torch.fx can trace."""
         leaves = (LearnableActivation, Recurrent, torch.jit.ScriptModule, *self.activations)
         cls = type(module)
         own = next(c for c in cls.__mro__ if c.__module__ != "torch.nn.utils.parametrize")
-        if isinstance(module, fx.GraphModule):  # its copies are made from its graph, and a new forward would be lost
+        if isinstance(module, fx.GraphModule):  # copies are made from its graph, so that a new forward would be lost
             reason = "calls in its graph are not replaced; they would be in the model that it was traced from"
             self.report.kept.append(Kept(name or "the model", "a GraphModule", reason))
             return
@@ -412,7 +418,7 @@ class _Conversion:
         module._modules.update(calls)
         try:
             traced = with_forward(module, graphs, {node: place.attribute for node, place in accepted.items()})
-        except Exception as error:  # whatever the class makes of a subclass
+        except Exception as error:  # whatever the class raises when it is subclassed
             self.refused_now |= {place.name: f"its class takes no subclass: {error}" for place in accepted.values()}
             return
         self.places += accepted.values()
@@ -421,8 +427,8 @@ class _Conversion:
         self.traced[-1].put()
 
     def _decide(self, path: str, fixed: nn.Module, of_module: str | None = None) -> dict | None:
-        """How to replace `fixed`, or a call of it, the module of that name; None, and a line in the report where a user
-        would expect one, to leave it."""
+        """The options with which to replace `fixed` (or a call of the module named `of_module`). None to keep it, with
+        a line in the report where a user would expect one."""
         kind = type(fixed)
         if not isinstance(fixed, self.activations):
             return None
@@ -456,7 +462,8 @@ class _Conversion:
         return options
 
     def _check_call(self, place: _Place, args: tuple, kwargs: dict, traced: bool = False) -> None:
-        """What comes in its place takes the input alone. Where a trace shows a function's call, that is a place itself."""
+        """Refuses a place that is called with more than its input, which is all that LEAF takes. If a trace shows the
+        call of a function in an attribute, that call is a place itself, and the refusal is not reported."""
         if len(args) != 1 or kwargs:
             is_place = traced and place.label.startswith("function ")
             self.refused_now[place.name] = "" if is_place else "it is called with more than its input, or by keyword"
@@ -471,7 +478,7 @@ class _Conversion:
     def _add(self, place: _Place) -> None:
         self._set(place, place.old)
         self.places.append(place)
-        if isinstance(place.parent, nn.TransformerEncoderLayer):  # whose fast path would not call the activation
+        if isinstance(place.parent, nn.TransformerEncoderLayer):  # its fast path does not call the activation
             self._change(place.parent, "activation_relu_or_gelu", 0)
             for encoder in self.model.modules():
                 if isinstance(encoder, nn.TransformerEncoder) and place.parent in encoder.layers:
@@ -489,13 +496,13 @@ class _Conversion:
         place.parent.add_module(place.attribute, module)
 
     def _try_traced(self) -> None:
-        """Takes back traced forwards that, with the fixed activations still, compute something else."""
+        """Takes back traced forwards that compute something else, before the fixed activations in them are replaced."""
         if self.inputs is None or not self.traced:
             return
         for t in self.traced:
             t.take_back()
         expected = self._outputs()
-        if not _are_near(expected, self._outputs()):  # not even the model itself computes it again
+        if not _are_near(expected, self._outputs()):  # the model does not even repeat its own outputs
             for t in self.traced:
                 t.put()
             return
@@ -523,10 +530,10 @@ class _Conversion:
             reason = "its trace by torch.fx computes something else from example_inputs"
             self.report.kept.append(Kept(t.name or "the model", "calls in its forward", reason))
 
-    # What the activations are called with.
+    # Running the model.
 
     def _outputs(self) -> list | None:
-        """The model's, for example_inputs; each place sees its inputs on the way."""
+        """The model's outputs for example_inputs, if there are any; each place records its inputs meanwhile."""
         if self.inputs is None:
             return None
         with contextlib.ExitStack() as contexts:
@@ -547,7 +554,7 @@ class _Conversion:
                 module = self.model.get_submodule(path)
                 contexts.enter_context(_removing(module.register_forward_pre_hook(still_called)))
             contexts.enter_context(_evaluating(self.model))
-            contexts.enter_context(torch.compiler.set_stance("force_eager"))  # compiled calls pass hooks by
+            contexts.enter_context(torch.compiler.set_stance("force_eager"))  # compiled calls bypass hooks
             contexts.enter_context(torch.random.fork_rng())
             contexts.enter_context(torch.no_grad())
             torch.manual_seed(0)
@@ -558,7 +565,7 @@ class _Conversion:
                 self._raise_refused()
             return [_values(x) for x in tree_leaves(result) if isinstance(x, Tensor)]
 
-    # What comes in their place.
+    # Replacing activations.
 
     def _replace(self) -> None:
         shared: dict[nn.Module, LearnableActivation] = {}
@@ -605,7 +612,8 @@ class _Conversion:
         return new.train(place.parent.training)
 
     def _parameter_near(self, place: _Place) -> tuple[torch.dtype, torch.device]:
-        """Of the last floating-point parameter before the place in the model's order, else of the first behind it."""
+        """dtype and device of the last floating-point parameter before the place in the model's order, else of the
+        first after it."""
         near, passed = None, False
         for module in self.model.modules():
             passed = passed or module is place.old
@@ -667,20 +675,20 @@ def _form_difference(old: nn.Module, new: LearnableActivation) -> float | None:
         return 0.0 if isinstance(old, AHAF) else None
     if any(b.is_meta for b in old.buffers()):
         return None
-    half = torch.logspace(-8, 1, 2000, dtype=torch.float64, device="cpu")  # ReLU's form differs most near 1e-5
+    half = torch.logspace(-8, 1, 2000, dtype=torch.float64, device="cpu")  # ReLU's form differs most near 2e-5
     u = torch.cat([-half, half.new_zeros(1), half])
     form = type(new)(init_as=new.init_as, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         try:
             return (copy.deepcopy(old).cpu().eval()(u.clone()) - form(u)).abs().max().item()
-        except Exception:  # whatever the user's own class raises: it takes other inputs
+        except Exception:  # whatever the user's own class raises: it may take other inputs
             if type(old) in FIXED:
                 raise
             return None
 
 
 def _copied(x):
-    """A tensor's copy, which the model may change."""
+    """A copy of a tensor, which the model may change."""
     return x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
 
 
@@ -693,7 +701,7 @@ def _values(t: Tensor) -> Tensor:
 
 
 def _difference(before: list[Tensor], after: list[Tensor]) -> float | None:
-    """The largest, NaN if one is; None where there is none to see."""
+    """The largest difference, NaN if one is NaN; None if no tensor has values."""
     differences = []
     for a, b in zip(before, after, strict=True):
         if not a.is_meta:
@@ -703,7 +711,7 @@ def _difference(before: list[Tensor], after: list[Tensor]) -> float | None:
 
 
 def _are_near(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Whether one computation may have given both, on a device that adds up in any order."""
+    """Whether both may be results of the same computation, on a device that adds up in any order."""
     if [(t.shape, t.dtype) for t in a] != [(t.shape, t.dtype) for t in b]:
         return False
     for x, y in zip(a, b):
@@ -716,14 +724,14 @@ def _are_near(a: list[Tensor], b: list[Tensor]) -> bool:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, as the classes make it, and back."""
+    """Sets eval mode by the classes' own methods, and afterwards restores each module's mode."""
     before = modes_of(model)
     try:
         model.eval()
         yield
     finally:
         model.train(before.get(model, False))
-        set_modes(before)  # not each module had the model's
+        set_modes(before)  # a module's mode may have differed from the model's
 
 
 @contextlib.contextmanager

@@ -16,9 +16,9 @@ from ._types import Form
 class Fixed:
     """A fixed activation.
 
-    ``form`` is LEAF's (``init_as``); None where none is near it. ``calls`` are functions, and names of Tensor methods,
-    whose arguments behind the input are those of the module's constructor, in its order; ``in_place`` are those that
-    change their input.
+    ``form`` is LEAF's form of it (``init_as``), or None if none is near it. ``calls`` are the functions, and the names
+    of Tensor methods, that compute it; after the input they take the arguments of the module's constructor, in its
+    order. ``in_place`` are those that change their input.
     """
 
     form: Form | None
@@ -26,8 +26,8 @@ class Fixed:
     in_place: tuple[Callable | str, ...] = ()
 
 
-#: By the module's class. The first four forms equal the activation; the others come near it: 1.05 and 0.94 make the
-#: largest difference the smallest.
+#: The fixed activations by their module's class. The first four forms equal the activation, the others approximate it:
+#: 1.05 and 0.94 minimise the largest difference.
 FIXED: dict[type[nn.Module], Fixed] = {
     nn.ReLU: Fixed("ReLU", (F.relu, torch.relu, "relu"), (F.relu_, "relu_")),
     nn.SiLU: Fixed("SiLU", (F.silu,)),
@@ -61,7 +61,7 @@ _IN_PLACE = {call for fixed in FIXED.values() for call in fixed.in_place}
 
 
 def module_type(call: Callable | str) -> type[nn.Module] | None:
-    """The class of modules that computes what a function, or a Tensor method of that name, does."""
+    """The class of modules that compute the same as a function or as the Tensor method of a name, or None."""
     try:
         return _MODULE_OF.get(call)
     except TypeError:  # not hashable
@@ -69,11 +69,11 @@ def module_type(call: Callable | str) -> type[nn.Module] | None:
 
 
 def is_in_place(call: Callable | str) -> bool:
-    """Of one that has a :func:`module_type`: whether it always changes its input."""
+    """Whether a function or method that has a :func:`module_type` always changes its input."""
     return call in _IN_PLACE
 
 
-#: What calls of them are written as: `F.relu(x)`, `x.relu()`.
+#: The names by which code calls them, as in `F.relu(x)` and `x.relu()`.
 CALLED_NAMES = {call for call in _MODULE_OF if isinstance(call, str)}.union(
     name for scope in (F, torch, torch.special) for name, value in vars(scope).items() if module_type(value)
 )

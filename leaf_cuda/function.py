@@ -1,4 +1,4 @@
-"""LEAF as a torch.autograd.Function: what takes the fused kernels through torch.func."""
+"""LEAF as a torch.autograd.Function, by which the fused kernels work inside torch.func."""
 
 import torch
 
@@ -6,14 +6,14 @@ from . import _ops, batching, sharding
 
 
 def is_in_forward_ad() -> bool:
-    """Whether a torch.func.jvp or a forward_ad.dual_level is around this call. A Function's own jvp is wrong in a second
-    one; the operators are right there."""
+    """Whether this call is inside torch.func.jvp or forward_ad.dual_level. There the operators must be used: a
+    Function's own jvp is wrong inside a second one."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def needs_autograd_function() -> bool:
-    """Whether this call is inside a torch.func transform that takes a torch.autograd.Function: functionalize takes
-    none, and Dynamo makes wrong gradients of one inside a transform."""
+    """Whether this call is inside torch.func transforms that all take a torch.autograd.Function. functionalize takes
+    none, forward mode needs the operators, and Dynamo makes wrong gradients of a Function inside a transform."""
     if not torch._C._are_functorch_transforms_active() or is_in_forward_ad() or torch.compiler.is_compiling():
         return False
     functionalize = torch._C._functorch.TransformType.Functionalize
@@ -21,7 +21,7 @@ def needs_autograd_function() -> bool:
 
 
 class _LeafBackward(torch.autograd.Function):
-    """(grad, u, p1, p2, p3, p4, mask) → (du, dp1, dp2, dp3, dp4), None where the mask or the parameter has none."""
+    """(grad, u, p1, p2, p3, p4, mask) → (du, dp1, dp2, dp3, dp4), None where the mask is False or p2 or p4 None."""
 
     @staticmethod
     def forward(grad, u, p1, p2, p3, p4, mask):
@@ -45,9 +45,9 @@ class _LeafBackward(torch.autograd.Function):
 class LeafFunction(torch.autograd.Function):
     """``LeafFunction.apply(u, p1, p2, p3, p4)``: what :func:`leaf_cuda.leaf` computes; p2 and p4 may be None.
 
-    Saves u and the parameters only, and asks the backward kernel for just the gradients that are needed. It has no
-    forward-mode derivative (``torch.func.jvp``), :func:`leaf_cuda.leaf` has. In a transform of ``torch.func`` inside
-    ``torch.compile`` it raises, where Dynamo makes wrong gradients of a Function.
+    Saves only u and the parameters, and the backward kernel computes only the gradients that are needed. It has no
+    forward-mode derivative (``torch.func.jvp``), unlike :func:`leaf_cuda.leaf`. In a transform of ``torch.func`` inside
+    ``torch.compile`` it raises, because Dynamo makes wrong gradients of a Function there.
     """
 
     @staticmethod

@@ -15,7 +15,7 @@ from .function import LeafFunction, needs_autograd_function
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic on tensors of this one, and of LEAF's parameters beside weights of it."""
+    """The dtype of arithmetic on tensors of the given dtype, and of LEAF's parameters beside weights of it."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -27,14 +27,15 @@ _warned: set[str] = set()
 
 
 def stacklevel_of_caller() -> int:
-    """That of the line which called leaf_cuda, itself or through a module, for a warning by who calls this."""
+    """The ``stacklevel`` with which a warning issued by the function that calls this points to the user's line that
+    called leaf_cuda, directly or through a module."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("leaf_cuda", "torch"):
         level, frame = level + 1, frame.f_back
     return level
 
 
-@_ops.constant_to_dynamo  # which does not know how to trace a warning
+@_ops.constant_to_dynamo  # Dynamo cannot trace a warning
 def _warn_fallback(device: str) -> None:
     if device in _warned:
         return
@@ -53,13 +54,13 @@ def _warn_fallback(device: str) -> None:
 
 
 def _is_foreign(given: tuple) -> bool:
-    """Whether there is a stand-in for a tensor among them that takes the call itself: torch.fx's Proxy, a tensor-like."""
+    """Whether an argument is no tensor, but overrides torch functions as one: torch.fx's Proxy, a tensor-like."""
     return not all(t is None or isinstance(t, Tensor) for t in given) and torch.overrides.has_torch_function(given)
 
 
 def _as_tensors(function: str, inputs: dict[str, Tensor | None], parameters: tuple) -> dict[str, Tensor | None]:
-    """The inputs and the parameters by name. With a number among the parameters, each is a tensor in the arithmetic dtype,
-    and so are those of the inputs': half precision would round the numbers."""
+    """The inputs and the parameters by name. If a parameter is a number, it becomes a tensor in the arithmetic dtype,
+    and parameters of u's dtype are converted to that, too: half precision would round the number."""
     optional = ("b", "p2", "p4")
     for name, t in inputs.items():
         if not (isinstance(t, Tensor) or (t is None and name in optional)):
@@ -74,13 +75,13 @@ def _as_tensors(function: str, inputs: dict[str, Tensor | None], parameters: tup
         p = tensors[name]
         symbolic = isinstance(p, (torch.SymInt, torch.SymFloat))
         number = isinstance(p, numbers.Real) and not isinstance(p, bool)
-        # Traced, a number may be symbolic all the same.
+        # While tracing, a number of a Python type may be symbolic as well: it is not compared.
         if name in optional and number and not torch.compiler.is_compiling() and p == 0:
             p = None
         elif symbolic or number:
             try:
                 p = torch.full((), p if symbolic else float(p), dtype=dtype, device=u.device)
-            except (OverflowError, RuntimeError):  # beyond float64, beyond float32
+            except (OverflowError, RuntimeError):  # beyond float64's range, beyond float32's
                 raise ValueError(f"{function}: {name} is {p}; it takes a number in the range of {dtype}") from None
         elif isinstance(p, Tensor) and p.dtype == u.dtype:
             p = p.to(dtype)
@@ -108,7 +109,7 @@ def leaf(
         A tensor of u's shape, dtype and layout. Arithmetic is in float32 (float64 for float64) and rounded once.
 
     Raises:
-        TypeError: an argument is no tensor or number, or its dtype does not fit.
+        TypeError: an argument is neither a tensor nor a number, or its dtype does not fit.
         ValueError: a parameter does not broadcast to u, or is on another device.
     """
     if not torch.compiler.is_compiling():
@@ -133,8 +134,8 @@ def needs_reference(u: Tensor) -> bool:
 
 
 def run_reference(function: str, operator, formula, tensors: dict[str, Tensor | None], *others):
-    """``formula(*tensors.values(), *others)``, behind the checks of the operator, whose arguments these are; warns where
-    it stands for a missing kernel."""
+    """Checks the arguments as ``operator`` does, and returns ``formula(*tensors.values(), *others)``. Warns if that
+    stands in for a missing kernel."""
     (first, u), *_ = tensors.items()
     for name, t in tensors.items():
         if t is not None and t.device != u.device:
@@ -173,7 +174,7 @@ def leaf_glu(
         A tensor of a's shape, or of (..., H), and dtype.
 
     Raises:
-        TypeError: an argument is no tensor or number, or its dtype does not fit.
+        TypeError: an argument is neither a tensor nor a number, or its dtype does not fit.
         ValueError: a parameter does not broadcast to a, b has another shape, a packed last dimension is odd, or a tensor
             is on another device.
     """

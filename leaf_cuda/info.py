@@ -9,9 +9,9 @@ from ._version import __version__
 def build_info() -> dict:
     """How the loaded library was built.
 
-    Returns a dict: ``version`` of leaf_cuda, ``torch`` it was built for, ``compiler``, ``openmp``, without which
-    the CPU kernels run on one thread, ``cuda`` (the toolkit's version) and ``cuda_architectures``, both None in a build
-    without CUDA, and ``cpu_instruction_set``, the one in use on this processor: "DEFAULT", "AVX2" or "AVX512".
+    Returns a dict: ``version`` of leaf_cuda, ``torch`` (the version it was built for), ``compiler``, ``openmp`` (if
+    False, the CPU kernels run on one thread), ``cuda`` (the toolkit's version) and ``cuda_architectures``, both None in
+    a build without CUDA, and ``cpu_instruction_set``, the one in use on this processor: "DEFAULT", "AVX2" or "AVX512".
     """
     return {"version": __version__, **_ops._C.build_info()}
 
@@ -20,7 +20,7 @@ def backend_for(tensor: torch.Tensor) -> str:
     """Which kernels :func:`leaf_cuda.leaf` runs for ``tensor``: ``"cuda"``, ``"cpu"``, or ``"composite"`` (the PyTorch
     formula) where this build has no fused kernel for the tensor's device.
 
-    Raises TypeError for what is no tensor."""
+    Raises TypeError if ``tensor`` is no tensor."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"tensor is of type {type(tensor).__name__}; it takes a torch.Tensor")
     device = tensor.device.type

@@ -18,12 +18,12 @@ MakeActivation = Callable[[tuple[int, ...]], nn.Module]
 
 
 def activation(kind: type[nn.Module], granularity: str = "element", **options: Any) -> MakeActivation:
-    """How a network makes its activations: ``LeNet5(conv=activation(LEAF, "channel", init_as="SiLU"))``.
+    """A function that makes a network's activations: ``LeNet5(conv=activation(LEAF, "channel", init_as="SiLU"))``.
 
     Args:
         kind: LEAF or AHAF, or a fixed activation such as ``nn.SiLU``, which has no granularity.
-        granularity: "layer", "channel" or "element"; of a layer of features the last two are the same.
-        options: for ``kind``.
+        granularity: "layer", "channel" or "element"; for a layer of features the last two are the same.
+        options: keyword arguments of ``kind``.
 
     Raises:
         TypeError: ``kind`` is no class of modules.
@@ -38,7 +38,7 @@ def activation(kind: type[nn.Module], granularity: str = "element", **options: A
 
 
 def _checked(name: str, make: MakeActivation) -> MakeActivation:
-    """`make`, the argument of that name, if it is a function; it raises in its turn where it makes no module."""
+    """The argument `make` called `name`, which must be a function; the result raises if `make` makes no module."""
     takes = "it takes a function of the map's shape that makes an activation, such as activation(nn.ReLU)"
     if isinstance(make, nn.Module | type) or not callable(make):
         raise TypeError(f"{name} is {make!r}; {takes}")
@@ -53,7 +53,7 @@ def _checked(name: str, make: MakeActivation) -> MakeActivation:
 
 
 class _Network(nn.Module):
-    """What the networks share: their arguments, which LeNet5's docstring tells."""
+    """Base class of the networks. LeNet5's docstring describes the arguments."""
 
     _least: int  # height and width of the smallest image
 
@@ -81,7 +81,7 @@ class _Network(nn.Module):
             self.add_module(name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self._modules.values():  # children() would give a shared activation once
+        for layer in self._modules.values():  # children() would yield a shared activation only once
             x = layer(x)
         return x
 
@@ -99,7 +99,7 @@ class LeNet5(_Network):
 
     Raises:
         ValueError: ``input_shape`` is no such shape, or too small for the network.
-        TypeError: ``conv`` or ``fc`` is no such function.
+        TypeError: ``conv`` or ``fc`` is no function, or makes no module.
     """
 
     _least = 16

@@ -79,19 +79,19 @@ def size_of(granularity: str, shape: tuple[int, ...], channel: int = 0) -> tuple
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises TypeError for what is no module."""
+    """Raises TypeError if ``model`` is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is of type {type(model).__name__}; it takes a torch.nn.Module")
 
 
 def has_all_but_leaf_parameters(module: nn.Module, state_dict: dict, prefix: str) -> bool:
-    """Whether a state dict has every parameter of the module that is not of a LEAF in it."""
+    """Whether a state dict has all of the module's parameters except those of LEAFs in the module."""
     of_leaf = {p for child in module.modules() if isinstance(child, LearnableActivation) for p in child.parameters()}
     return all(prefix + name in state_dict for name, p in module.named_parameters() if p not in of_leaf)
 
 
 def _placed_as(t: Tensor, parameter: Tensor | None) -> Tensor:
-    """t, or as a DTensor where the parameter is one: no plain tensor is copied to it."""
+    """t, made a DTensor if the parameter is one, since no plain tensor can be copied to a DTensor."""
     if not hasattr(parameter, "placements"):
         return t
     from torch.distributed.tensor import distribute_tensor
@@ -100,12 +100,12 @@ def _placed_as(t: Tensor, parameter: Tensor | None) -> Tensor:
 
 
 class ModuleParameter:
-    """A parameter of a module as an attribute of its class: its name leads to ``_parameters`` at once, where
-    ``nn.Module.__getattr__`` is the last way that Python tries, four times in a forward.
+    """A class attribute that looks a module's parameter up in ``_parameters`` directly. Without it, Python would look
+    everywhere else before it calls ``nn.Module.__getattr__``, four times in a forward.
 
-    It is no data descriptor, so an attribute of the instance comes before it (pruning, FSDP's and DataParallel's views),
-    and so does the property of a parametrization's class. What is not among the parameters, a buffer, say,
-    ``nn.Module.__getattr__`` finds or refuses as ever."""
+    It is no data descriptor, so attributes of the instance come before it (pruning, FSDP's and DataParallel's views),
+    and so does the property in the class of a parametrized module. A name that is not among the parameters but a
+    buffer, say, is left to ``nn.Module.__getattr__`` as usual."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -120,10 +120,10 @@ class ModuleParameter:
 
 
 class LearnableActivation(nn.Module):
-    """What LEAF and AHAF share: sizes, initial forms, and parameters that stay in float32.
+    """Base class of LEAF and AHAF: sizes, initial forms, and parameters that stay in float32.
 
     2^16, the ReLU form's p3, is infinite in float16. So a conversion of the module to float16, bfloat16 or less leaves
-    these parameters in float32, unless ``keep_float32`` is False; conversions to other dtypes and devices go through.
+    these parameters in float32, unless ``keep_float32`` is False. Conversions to other dtypes and devices take effect.
     """
 
     keep_float32: bool
@@ -185,7 +185,7 @@ class LearnableActivation(nn.Module):
         return cls(size=shape, **kwargs)
 
     def reset_parameters(self) -> None:
-        """Back to the initial form."""
+        """Resets the parameters to the initial form."""
         for name, values in self._initial_values().items():
             p = getattr(self, name)
             if len(values) == 1:
@@ -195,8 +195,8 @@ class LearnableActivation(nn.Module):
                 p.copy_(_placed_as(self._initial_tensor(values, {"dtype": p.dtype, "device": p.device}), p))
 
     def add_initial_values(self, state_dict: dict, prefix: str, weight: Tensor | None) -> None:
-        """Adds this module's parameters in their initial form to a state dict that has none of them, as one of a fixed
-        activation, whose ``weight`` beside them tells the dtype and the device."""
+        """Adds this module's parameters, in their initial form, to a state dict that has none of them, such as that of
+        a module with fixed activations. A ``weight`` from the state dict gives the dtype and the device."""
         values = {f"{prefix}{name}": values for name, values in self._initial_values().items()}
         if weight is None or not values.keys().isdisjoint(state_dict):
             return
@@ -205,7 +205,7 @@ class LearnableActivation(nn.Module):
         state_dict |= {key: _placed_as(t, getattr(self, key.removeprefix(prefix), None)) for key, t in initial.items()}
 
     def parts(self) -> dict[str, tuple]:
-        """The activations that the module holds, for a figure: a name behind its own → (initial form, p1, p2, p3, p4)."""
+        """The module's activations, for plots: what to append to its name → (initial form, p1, p2, p3, p4)."""
         raise NotImplementedError
 
     def _apply(self, fn, recurse=True):
@@ -239,7 +239,7 @@ class LearnableActivation(nn.Module):
 
 
 class FourParameters(LearnableActivation):
-    """What has LEAF's p1, p2, p3 and p4, for one activation."""
+    """Base class of modules with the p1, p2, p3 and p4 of one LEAF."""
 
     p1, p2, p3, p4 = ModuleParameter(), ModuleParameter(), ModuleParameter(), ModuleParameter()
 
@@ -262,7 +262,7 @@ class LEAF(FourParameters):
             :meth:`per_layer`, :meth:`per_channel`, :meth:`per_element`.
         init_as: the initial form: "ReLU", "SiLU", "Tanh", "Sigmoid", "CUSTOM", "GELU", "Identity", ("Swish", β), or a
             tuple (p1, p2, p3, p4).
-        device, dtype: of the parameters; float32 serves bfloat16 and float16 inputs, float64 inputs take float64.
+        device, dtype: of the parameters; float32 also serves bfloat16 and float16 inputs, float64 inputs need float64.
         keep_float32: whether the parameters stay in float32 when the module is converted to float16 or bfloat16.
 
     Raises:

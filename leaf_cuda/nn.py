@@ -27,23 +27,23 @@ class LeafGLU(FourParameters):
         super().__init__(init_as=init_as, **kwargs)
 
     def forward(self, a: Tensor, b: Tensor | None = None) -> Tensor:
-        """(..., H) of a and b; or of an a of (..., 2·H) alone, a and b side by side."""
+        """y, (..., H), from a and b of that shape; or from ``a`` alone, (..., 2·H), with a and b side by side in it."""
         return leaf_glu(a, b, self.p1, self.p2, self.p3, self.p4)
 
 
 class LeafMLP(nn.Module):
-    """The gated MLP of LLaMA with a :class:`LeafGLU`: down_proj(leaf(gate_proj(x))·up_proj(x)), (..., hidden_size) to the
-    same shape.
+    """The gated MLP of LLaMA with a :class:`LeafGLU`: down_proj(leaf(gate_proj(x))·up_proj(x)), from (..., hidden_size)
+    to the same shape.
 
     A state dict of LLaMA's own MLP (``gate_proj``, ``up_proj``, ``down_proj``) loads with strict=True: LEAF's parameters,
     ``act_fn.p1`` ... ``act_fn.p4``, then have their initial form.
 
     Args:
-        hidden_size, intermediate_size: features of x, and between the projections.
+        hidden_size, intermediate_size: number of features of x, and between the projections.
         size: of LEAF's parameters, (1,) or (intermediate_size,).
         init_as: LEAF's initial form; "SiLU" is LLaMA's own activation.
         bias: whether the projections have one.
-        device, dtype: of the projections' weights. LEAF's parameters are in float32, for float64 in float64.
+        device, dtype: of the projections' weights. LEAF's parameters are in float32, or float64 if the weights are.
 
     Raises:
         TypeError, ValueError: as :class:`leaf_cuda.LEAF`.

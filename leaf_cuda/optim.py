@@ -16,7 +16,7 @@ from .modules import LearnableActivation, check_model
 
 
 def _activation_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
-    """The parameters of every LEAF and AHAF and the names they have there: "p2", or "parametrizations.p2.original"."""
+    """The parameters of every LEAF and AHAF → their names in it: "p2", or "parametrizations.p2.original"."""
     check_model(model)
     names = {}
     for module in model.modules():
@@ -26,8 +26,8 @@ def _activation_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def split_activation_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(activation parameters, others): those of every LEAF and AHAF in the model, and all the rest. Each is there once,
-    in the model's order, however often it is shared; a list with nothing to hold is empty.
+    """(activation parameters, others): those of every LEAF and AHAF in the model, and all the rest. Each appears once,
+    in the model's order, however often it is shared. Either list may be empty.
 
     Raises TypeError for a model that is no module."""
     activations = _activation_parameters(model)
@@ -37,20 +37,20 @@ def split_activation_parameters(model: nn.Module) -> tuple[list[nn.Parameter], l
 def leaf_param_groups(
     model: nn.Module, lr: float | Tensor, p24_lr: float | Tensor | None = None, weight_decay: float | None = None
 ) -> list[dict]:
-    """Parameter groups, each with its "name", for the optimizers of ``torch.optim``, but LBFGS, which takes one group, and
-    Muon, which takes matrices only.
+    """Parameter groups, each with its "name", for the optimizers of ``torch.optim`` except LBFGS, which takes one
+    group, and Muon, which takes matrices only.
 
     - "weights": all parameters outside LEAF and AHAF, with ``weight_decay``, or the optimizer's own if that is None. It
       comes first, and may be empty.
-    - "activations": those of LEAF and AHAF, without decay; where there are any.
-    - "p2 and p4": those two of LEAF, without decay and at ``p24_lr``; with the others if that is None.
+    - "activations": those of LEAF and AHAF, without decay; left out if there are none.
+    - "p2 and p4": LEAF's p2 and p4, without decay and at ``p24_lr``; if that is None, they are in "activations".
 
     The authors' p24_lr is lr/1000 for Adam and lr/10 for RMSprop: with ReLU's p3 = 2^16 a small p2 makes a slope near
     p2·p3/4 at u = 0.
 
     A tensor ``lr`` or ``p24_lr`` is cloned for each group, as schedulers change it in place.
 
-    ``weights, *activations = leaf_param_groups(...)`` gives the two optimizers of :class:`DoubleStageTuner` theirs.
+    ``weights, *activations = leaf_param_groups(...)`` splits them for the two optimizers of :class:`DoubleStageTuner`.
 
     Raises TypeError for a model that is no module.
     """
@@ -92,7 +92,7 @@ def _without_gradients(parameters: list[Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _checking_data_parallel(frozen: list[Tensor]) -> Iterator[None]:
-    """Within, a DistributedDataParallel that would wait for the gradients of `frozen` raises as it is called."""
+    """Within, a DistributedDataParallel that would wait for the gradients of `frozen` raises when called."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         yield
         return
@@ -127,20 +127,20 @@ class DoubleStageTuner:
         for x, target in batches:
             loss = tuner.step(lambda: criterion(model(x), target))
 
-    The forward runs twice per step: dropout draws, and batch normalisation updates its statistics, in each. A network
-    under ``DistributedDataParallel`` takes its ``find_unused_parameters=True``.
+    The forward runs twice per step: dropout draws, and batch normalisation updates its statistics, in each. With
+    ``DistributedDataParallel``, set its ``find_unused_parameters=True``.
 
     Args:
         activation_optimizer, weight_optimizer: optimizers without a parameter in common, whose own ``step`` needs no
             closure (LBFGS's does). Learning-rate schedulers on them are stepped by the caller.
-        scaler: a ``torch.amp.GradScaler``; each stage is one iteration to it, with its own ``update``.
-        clip_grad_norm: the largest 2-norm of the gradients of one optimizer's parameters; above it they are scaled down.
-        single_pass: both gradients from one forward and one backward instead of two. The weights' gradient is then the
-            one at the activation parameters before their step.
+        scaler: a ``torch.amp.GradScaler``; each stage counts as one iteration, with its own ``update``.
+        clip_grad_norm: the maximum 2-norm of the gradients of one optimizer's parameters; larger ones are scaled down.
+        single_pass: whether to take both gradients from one forward and one backward instead of two. The weights'
+            gradient is then the one before the activation parameters' step.
 
     Raises:
-        TypeError: an optimizer is none, or its ``step`` needs a closure; ``scaler`` is none; ``clip_grad_norm`` is no
-            number.
+        TypeError: an optimizer argument is no optimizer, or its ``step`` needs a closure; ``scaler`` is no gradient
+            scaler; ``clip_grad_norm`` is no number.
         ValueError: a parameter is in both optimizers, or ``clip_grad_norm`` is not positive.
     """
 
@@ -189,13 +189,14 @@ class DoubleStageTuner:
                 no ``zero_grad``. It is called twice, or once with ``single_pass``.
 
         Returns:
-            The loss of the weights' stage, detached: with the activation parameters that have taken their step.
+            The loss of the weights' stage, detached. It is computed after the activation parameters' step, except with
+            ``single_pass``.
 
         Raises:
-            TypeError, ValueError: the closure is no function, or returned something else; under
-                ``DistributedDataParallel``, without the option it takes.
-            RuntimeError: the closure ran backward, or its loss depends on none of the parameters. Whatever is raised,
-                the parameters require gradients afterwards as they did before.
+            TypeError, ValueError: the closure is no function, or returned no tensor of one element; or a
+                ``DistributedDataParallel`` lacks the option it needs.
+            RuntimeError: the closure ran backward, or its loss depends on none of the parameters. After any exception,
+                the parameters require gradients as they did before.
         """
         if not callable(closure):
             raise TypeError(f"closure is of type {type(closure).__name__}; it takes a function that returns the loss")
@@ -213,9 +214,9 @@ class DoubleStageTuner:
     def _stage(self, closure: Callable[[], Tensor], *optimizers: Optimizer) -> Tensor:
         for optimizer in optimizers:
             optimizer.zero_grad()
-            for p in _parameters(optimizer):  # which it may have set to 0
+            for p in _parameters(optimizer):  # zero_grad may have set it to 0
                 p.grad = None
-        torch.clear_autocast_cache()  # of an autocast around this call: casts of parameters before their last step
+        torch.clear_autocast_cache()  # an autocast around this call caches casts of the parameters before their step
         with torch.enable_grad():
             loss = closure()
         if not isinstance(loss, Tensor):
@@ -234,7 +235,7 @@ class DoubleStageTuner:
                 f"{' and '.join(self._name(o) for o in optimizers)}, that requires a gradient"
             )
         for optimizer in optimizers:
-            scaler = self.scaler if _has_gradients(optimizer) else None  # it refuses an optimizer without gradients
+            scaler = self.scaler if _has_gradients(optimizer) else None  # a scaler refuses an optimizer without any
             if self.clip_grad_norm is not None:
                 if scaler is not None:
                     scaler.unscale_(optimizer)

@@ -1,4 +1,4 @@
-"""The forms that LEAF and AHAF have learned, as a figure. Takes matplotlib, which is not a dependency of the package."""
+"""Plots of the forms that LEAF and AHAF have learned. Needs matplotlib, which is not a dependency of the package."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def plot_forms(
     """Draws y over u for every LEAF and AHAF of a model, one panel each, with its initial form behind.
 
     Args:
-        model: a model, or one LEAF or AHAF. What is shared is drawn once.
-        reference: what is drawn behind instead: a form as LEAF's ``init_as``, or a function or module, such as
-            ``torch.nn.functional.gelu``.
-        samples: the most curves of one panel; with more sets of parameters, they are spread evenly over them.
-        bounds: of u, finite.
+        model: a model, or one LEAF or AHAF. A shared module is drawn once.
+        reference: what to draw instead of the initial form: a form as LEAF's ``init_as``, or a function or module, such
+            as ``torch.nn.functional.gelu``.
+        samples: the maximum number of curves in a panel; of more sets of parameters, evenly spaced ones are drawn.
+        bounds: the finite range of u.
 
     Returns:
         A ``matplotlib.figure.Figure``, not registered with pyplot: ``.savefig("forms.png")`` writes it.
@@ -40,7 +40,7 @@ def plot_forms(
     Raises:
         ImportError: matplotlib is missing.
         TypeError: ``model`` is no module, or ``reference`` a class.
-        ValueError: the model has no LEAF or AHAF, or one on the meta device, or another argument is none of these.
+        ValueError: the model has no LEAF or AHAF, or has one on the meta device; or another argument is invalid.
     """
     try:
         from matplotlib.figure import Figure

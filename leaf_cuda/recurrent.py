@@ -1,4 +1,4 @@
-"""LSTM and GRU with LEAF in the place of their sigmoids and tanhs."""
+"""LSTM and GRU with LEAF in place of their sigmoids and tanhs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ State = Tensor | tuple[Tensor, Tensor]
 
 
 class CellLEAF(LearnableActivation):
-    """The LEAFs of a recurrent cell: row k of p1, p2, p3 and p4 is the k-th one's, of shape (LEAFs, 1) or, with
-    ``per_unit``, (LEAFs, hidden_size).
+    """The LEAFs of a recurrent cell. Row k of p1, p2, p3 and p4 belongs to the k-th LEAF; each parameter has shape
+    (number of LEAFs, 1) or, with ``per_unit``, (number of LEAFs, hidden_size).
 
-    ``forms`` has their names and initial forms, in the order of the rows: "input_gate", "forget_gate", "candidate",
-    "output_gate" and "cell_output" of an LSTM; "reset_gate", "update_gate" and "candidate" of a GRU. The recurrent
-    layers compute with the parameters; the module itself is not called.
+    ``forms`` maps their names to their initial forms, in the order of the rows: "input_gate", "forget_gate",
+    "candidate", "output_gate" and "cell_output" of an LSTM; "reset_gate", "update_gate" and "candidate" of a GRU. The
+    recurrent layers compute with the parameters; the module itself is not called.
     """
 
     def __init__(self, forms: dict[str, str], hidden_size: int, per_unit: bool, **kwargs: Any):
@@ -54,7 +54,7 @@ LSTM_FORMS = {
 GRU_FORMS = {"reset_gate": "Sigmoid", "update_gate": "Sigmoid", "candidate": "Tanh"}
 
 
-@_ops.constant_to_dynamo  # Dynamo of torch 2.11 does not know the question
+@_ops.constant_to_dynamo  # Dynamo of torch 2.11 cannot trace this query
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
@@ -64,7 +64,7 @@ def _autocasts(device_type: str) -> bool:
 
 
 class Recurrent(nn.Module):
-    """What the cells and the layers share; before torch's own class in the order of bases."""
+    """Base class of the cells and the layers; it precedes torch's own class in the order of bases."""
 
     _forms: dict[str, str]
     _state_names: tuple[str, ...]
@@ -79,22 +79,22 @@ class Recurrent(nn.Module):
         return [(name, child) for name, child in self.named_children() if isinstance(child, CellLEAF)]
 
     def reset_parameters(self) -> None:
-        """The weights anew, LEAF's parameters to their initial form."""
+        """Initialises the weights anew, and resets LEAF's parameters to their initial form."""
         super().reset_parameters()
         for _, leaf in self._leaves():
             leaf.reset_parameters()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name, leaf in self._leaves() if has_all_but_leaf_parameters(self, state_dict, prefix) else ():
-            # Or what stands for it: pruning and parametrizations have other names.
+            # The weight, or what stands for it: pruning and parametrizations give it other names.
             of_weight = f"weight_hh{name.removeprefix('leaf')}"
             weights = (t for key, t in state_dict.items() if key.startswith(prefix) and of_weight in key)
             leaf.add_initial_values(state_dict, f"{prefix}{name}.", next(weights, None))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _run(self, suffix: str, x: Tensor, states: list[Tensor], batch_sizes: Tensor | None, reverse: bool):
-        """One layer, in one direction: x (steps, batch, features), or (rows, features) with batch_sizes, → output and the
-        states after the last step."""
+        """Runs one layer in one direction: x, (steps, batch, features) or, with batch_sizes, (rows, features) → output
+        and the states after the last step."""
         weights = [name + suffix for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         tensors = dict(zip(("input", "h", "c"), (x, *states, None)))
         tensors |= {name: getattr(self, name, None) for name in weights}
@@ -106,7 +106,7 @@ class Recurrent(nn.Module):
         return self._compute(tensors, batch_sizes, reverse)
 
     def _compute(self, tensors: dict[str, Tensor | None], batch_sizes: Tensor | None, reverse: bool):
-        """The operator's results; its arguments by their names in an error."""
+        """The operator's results. ``tensors`` are its arguments, by the names that errors give them."""
         operator = _ops.leaf_recurrent_forward
         if needs_reference(tensors["input"]):
             return run_reference(type(self).__name__, operator, reference.recurrent, tensors, batch_sizes, reverse)
@@ -176,7 +176,7 @@ class _Cell(Recurrent):
         return self._as_hx(states if batched else [s[0] for s in states])
 
 
-# Not torch's LSTM and GRU themselves: torch.compile refuses these by their type.
+# Not derived from torch's LSTM and GRU, which torch.compile refuses by their type.
 class _Layers(Recurrent, nn.RNNBase):
     mode: str
 
@@ -212,7 +212,7 @@ class _Layers(Recurrent, nn.RNNBase):
         return f"_l{layer}" + "_reverse" * direction
 
     def flatten_parameters(self) -> None:
-        """Nothing: there is no cuDNN to lay the weights out for."""
+        """Does nothing: torch's layers lay the weights out for cuDNN, which is not used here."""
 
     def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
         packed = isinstance(input, PackedSequence)
@@ -262,24 +262,25 @@ class _Layers(Recurrent, nn.RNNBase):
 
 
 class LeafLSTMCell(_Cell, nn.LSTMCell):
-    """``torch.nn.LSTMCell`` with LEAF in the place of its sigmoids and tanhs, whose values it has at the start.
+    """``torch.nn.LSTMCell`` with LEAF in place of its sigmoids and tanhs, whose values LEAF has at the start.
 
     With the pre-activations i, f, g, o = W_ih x + b_ih + W_hh h + b_hh, c' = leaf(f)·c + leaf(i)·leaf(g) and
-    h' = leaf(o)·leaf(c'), each LEAF with parameters of its own (Bodyanskiy & Kostiuk 2023, doi 10.47839/ijc.22.3.3225,
-    name it as one that replaces sigmoid and tanh in recurrent networks). Forward and backward of all that is pointwise
-    are one fused pass each.
+    h' = leaf(o)·leaf(c'), each LEAF with parameters of its own. (Bodyanskiy & Kostiuk 2023, doi 10.47839/ijc.22.3.3225,
+    name LEAF as a replacement for sigmoid and tanh in recurrent networks.) All pointwise operations together are one
+    fused pass in forward and one in backward.
 
     Inputs, outputs and weights are torch's: input (batch, input_size) or (input_size), hx None or (h, c) of
     (batch, hidden_size) or (hidden_size), → (h', c'). float64, float32, bfloat16 or float16. A state dict of
     ``nn.LSTMCell`` loads with strict=True; the parameters of LEAF (``leaf``: :class:`CellLEAF`) then have their initial
     form.
 
-    Where p1 is trained, a gate has no bounds: over many steps the state may grow beyond all numbers. With p1 fixed
+    If p1 is trained, a gate has no bounds: over many steps the state may overflow. With p1 fixed at its initial 0
     (``cell.leaf.p1.requires_grad_(False)``) a gate stays between p4 and p2 + p4.
 
     Args:
-        input_size, hidden_size, bias, device, dtype: as torch's. LEAF's parameters are in float32, for float64 in float64.
-        per_unit: whether each hidden unit has a set of LEAF's parameters, else all of a gate have one.
+        input_size, hidden_size, bias, device, dtype: as in torch. LEAF's parameters are in float32, or float64 if the
+            weights are.
+        per_unit: whether each hidden unit has LEAF parameters of its own, instead of one set for all units of a gate.
 
     Raises (on a call):
         TypeError: an argument is of another type, or its dtype is not the weights' (outside of autocast).
@@ -290,18 +291,18 @@ class LeafLSTMCell(_Cell, nn.LSTMCell):
 
 
 class LeafGRUCell(_Cell, nn.GRUCell):
-    """``torch.nn.GRUCell`` with LEAF in the place of its sigmoids and tanh, whose values it has at the start.
+    """``torch.nn.GRUCell`` with LEAF in place of its sigmoids and tanh, whose values LEAF has at the start.
 
     With r, z, n = W_ih x + b_ih and r', z', n' = W_hh h + b_hh, the candidate is q = leaf(n + leaf(r + r')·n') and
-    h' = q + leaf(z + z')·(h − q). All else as :class:`LeafLSTMCell`, with hx and the result h alone.
+    h' = q + leaf(z + z')·(h − q). All else is as in :class:`LeafLSTMCell`; hx and the result are h alone.
     """
 
     _forms, _state_names = GRU_FORMS, ("hx",)
 
 
 class LeafLSTM(_Layers):
-    """``torch.nn.LSTM`` with LEAF in the place of its sigmoids and tanhs, whose values it has at the start: see
-    :class:`LeafLSTMCell` for the formula, and what a trained p1 does.
+    """``torch.nn.LSTM`` with LEAF in place of its sigmoids and tanhs, whose values LEAF has at the start. See
+    :class:`LeafLSTMCell` for the formula, and for what a trained p1 does.
 
     Inputs, outputs and weights are torch's: input (steps, batch, input_size), with ``batch_first`` (batch, steps,
     input_size), unbatched (steps, input_size), or a ``PackedSequence``; hx None or (h, c) of (num_layers·directions,
@@ -309,9 +310,9 @@ class LeafLSTM(_Layers):
     those of ``leaf_l0``, ``leaf_l0_reverse``, ... (:class:`CellLEAF`). There is no ``proj_size``.
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch's. LEAF's
-            parameters are in float32, for float64 in float64.
-        per_unit: whether each hidden unit has a set of LEAF's parameters, else all of a gate have one.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in torch.
+            LEAF's parameters are in float32, or float64 if the weights are.
+        per_unit: whether each hidden unit has LEAF parameters of its own, instead of one set for all units of a gate.
 
     Raises (on a call):
         TypeError: an argument is of another type, or its dtype is not the weights' (outside of autocast).
@@ -322,8 +323,8 @@ class LeafLSTM(_Layers):
 
 
 class LeafGRU(_Layers):
-    """``torch.nn.GRU`` with LEAF in the place of its sigmoids and tanhs, whose values it has at the start: see
-    :class:`LeafGRUCell` for the formula, and what a trained p1 does.
+    """``torch.nn.GRU`` with LEAF in place of its sigmoids and tanhs, whose values LEAF has at the start. See
+    :class:`LeafGRUCell` for the formula, and :class:`LeafLSTMCell` for what a trained p1 does.
 
     Inputs, outputs and weights are torch's: input (steps, batch, input_size), with ``batch_first`` (batch, steps,
     input_size), unbatched (steps, input_size), or a ``PackedSequence``; hx None or (num_layers·directions, batch,
@@ -331,9 +332,9 @@ class LeafGRU(_Layers):
     ``leaf_l0``, ``leaf_l0_reverse``, ... (:class:`CellLEAF`).
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch's. LEAF's
-            parameters are in float32, for float64 in float64.
-        per_unit: whether each hidden unit has a set of LEAF's parameters, else all of a gate have one.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as in torch.
+            LEAF's parameters are in float32, or float64 if the weights are.
+        per_unit: whether each hidden unit has LEAF parameters of its own, instead of one set for all units of a gate.
 
     Raises (on a call):
         TypeError: an argument is of another type, or its dtype is not the weights' (outside of autocast).

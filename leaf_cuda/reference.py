@@ -1,4 +1,4 @@
-"""LEAF as plain PyTorch: what runs on devices without a fused kernel, and what an exported graph is made of."""
+"""LEAF in plain PyTorch: what runs on devices without a fused kernel, and what an ONNX graph is made of."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def recurrent(
     batch_sizes: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, ...]:
-    """A recurrent layer, an LSTM's or, without c, a GRU's: output, h_n and an LSTM's c_n. See recurrent.py."""
+    """One recurrent layer, of an LSTM or, without c, of a GRU → output, h_n and, of an LSTM, c_n. See recurrent.py."""
     math = torch.promote_types(x.dtype, torch.float32)
 
     def act(u: Tensor, row: int) -> Tensor:
         return _in_math(u, p1[row], p2[row], p3[row], p4[row])
 
     by_x = torch.nn.functional.linear(x, weight_ih, bias_ih)
-    if batch_sizes is None:  # no size of a batch is asked for: an exported one may vary
+    if batch_sizes is None:  # the batch size is not read, since it may vary in an exported graph
         steps = by_x.unbind()
     else:
         sizes = batch_sizes.tolist()
@@ -77,7 +77,7 @@ def _in_math(u: Tensor, p1: Tensor, p2: Tensor | None, p3: Tensor, p4: Tensor | 
     math = torch.promote_types(u.dtype, torch.float32)
 
     def in_math(p: Tensor) -> Tensor:
-        extra = max(0, p.dim() - u.dim())  # leading 1s beyond u's dimensions, which y has not either
+        extra = max(0, p.dim() - u.dim())  # leading 1s beyond u's dimensions, which y does not get
         return (p.reshape(p.shape[extra:]) if extra else p).to(math)
 
     x = u.to(math)

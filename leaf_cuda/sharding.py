@@ -1,4 +1,4 @@
-"""How the operators take DTensors: sharded along any dimension of u, the parameters that vary along it with it."""
+"""How the operators take DTensors: u sharded along any dimension, and with it the parameters that vary along it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import _ops
 
 
 def prepare(u: torch.Tensor) -> None:
-    """Before the operators see u, which may be a DTensor."""
+    """Must be called before an operator gets u, in case it is a DTensor: registers the operators' shardings."""
     if type(u) is not torch.Tensor and hasattr(u, "placements"):
         _register()
 
@@ -27,8 +27,8 @@ def _register_once() -> None:
     from torch.distributed.tensor.experimental import register_sharding
 
     def register_with_mask(op):
-        """Of an operator whose last argument tells which results are wanted: what DTensor has learned with one mask is not
-        for another. By register_sharding only integers count as such arguments."""
+        """register_sharding for an operator whose last argument is the mask of wanted results. DTensor then caches
+        shardings by the mask, too; register_sharding alone has it heed only integer arguments."""
 
         def register(f):
             register_sharding(op)(f)
@@ -42,7 +42,7 @@ def _register_once() -> None:
         return [placement if of_mask else None for placement, of_mask in zip(placements, mask)]
 
     def shardings(u, parameters):
-        """(placement of u, those of the parameters, those of the parameters' gradients), each that is right. A gradient
+        """Yields each valid (placement of u, those of the parameters, those of the parameters' gradients). The gradient
         of a parameter that does not vary along the sharded dimension is a sum over the shards."""
         yield Replicate(), [p and Replicate() for p in parameters], [p and Replicate() for p in parameters]
         for d in range(u.ndim):
@@ -77,7 +77,7 @@ def _register_once() -> None:
         ]
 
     def glu_shardings(a, b, parameters):
-        """Those of a, the parameters and their gradients. A packed last dimension stays whole."""
+        """The shardings of a, the parameters and their gradients. A packed last dimension is not sharded."""
         whole = None if b else Shard(a.ndim - 1)
         return [sharding for sharding in shardings(a, parameters) if sharding[0] != whole]
 

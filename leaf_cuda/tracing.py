@@ -1,4 +1,4 @@
-"""The calls of activations in a module's forward, by torch.fx; and whether its graph does what the forward does."""
+"""Finds the calls of activations in a module's forward by torch.fx, and checks that its graph does what it does."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ class _Untraceable(RuntimeError):
 
 
 def modes_of(module: nn.Module) -> dict[nn.Module, bool]:
-    """Whether each module in it is in train mode; of those that have one: a frozen script has not."""
+    """module → whether it is in train mode, for all modules in it that have a mode (a frozen script has none)."""
     return {m: m.training for m in module.modules() if hasattr(m, "training")}
 
 
 def set_modes(modes: dict[nn.Module, bool]) -> None:
     for module, training in modes.items():
-        with contextlib.suppress(AttributeError):  # of a class that says what its mode is
+        with contextlib.suppress(AttributeError):  # a class may fix its mode by a property
             module.training = training
 
 
 class _OneModule(fx.Tracer):
-    """Traces a module's own forward; its children are called, not looked into. Raises for what no graph holds."""
+    """Traces a module's own forward, with its children as leaf modules. Raises for what a graph cannot express."""
 
     def __init__(self, given: Mapping):
         super().__init__()
         self.given = given
         self.modes = _modes()
-        self.called = None  # the child that is called
+        self.called = None  # the child that is being called
 
     def call_module(self, m, *args, **kwargs):
         self.called = m
@@ -68,7 +68,7 @@ class _OneModule(fx.Tracer):
         return True
 
     def create_args_for_root(self, *args, **kwargs):
-        """The arguments named in `given` have their values there."""
+        """Arguments that `given` names get its values instead of proxies."""
         function, values = super().create_args_for_root(*args, **kwargs)
         return function, [self.given.get(v.node.target, v) if type(v) is fx.Proxy else v for v in values]
 
@@ -80,7 +80,7 @@ class _OneModule(fx.Tracer):
             file = frame.f_globals.get("__name__", "")
             if file == "torch.utils.checkpoint":
                 raise _Untraceable("it uses activation checkpointing")
-            in_child = self.called is not None and frame.f_locals.get("self") is self.called  # it is called again
+            in_child = self.called is not None and frame.f_locals.get("self") is self.called  # the graph calls it, too
             if not (in_child or file.startswith("torch.")) and _has_with(frame.f_code):
                 raise _Untraceable("it has a with statement")
             frame = frame.f_back
@@ -89,7 +89,7 @@ class _OneModule(fx.Tracer):
 
 @functools.cache
 def _has_with(code: CodeType) -> bool:
-    enters = ("SETUP_WITH", "BEFORE_WITH", "LOAD_SPECIAL")  # of Python to 3.10, to 3.13, and from 3.14 on
+    enters = ("SETUP_WITH", "BEFORE_WITH", "LOAD_SPECIAL")  # of Python up to 3.10, up to 3.13, and from 3.14 on
     return any(i.opname in enters for i in dis.get_instructions(code))
 
 
@@ -101,8 +101,8 @@ def _modes() -> tuple:
 
 @contextlib.contextmanager
 def _refusing_type_checks() -> Iterator[None]:
-    """Within, isinstance and hasattr of a proxy, called outside torch, raise: a proxy is no Tensor and has every attribute,
-    so the answer would be wrong."""
+    """Within, isinstance and hasattr raise for a proxy, if called outside torch: a proxy is no Tensor and has every
+    attribute, so the answer would be wrong."""
 
     def refusing(ask):
         def asking(value, *what):
@@ -133,7 +133,7 @@ def _mode(gradients: bool = True, inference: bool = False, autocast: bool = Fals
 
 
 def trace(module: nn.Module, training: bool) -> fx.Graph:
-    """Raises where the graph would not do what the forward does at each call."""
+    """The graph of the module's forward, in train or eval mode. Raises if some calls of forward do something else."""
     held = _Held(module)
     with _mode():
         graph = _trace_once(module, held, training)
@@ -158,7 +158,7 @@ def trace(module: nn.Module, training: bool) -> fx.Graph:
             same = is_same(given)
         except (_Untraceable, fx.proxy.TraceError):
             same = False
-        except Exception:  # so would the call
+        except Exception:  # so would a call with these arguments
             continue
         if not same:
             with_ = " and ".join(f"{name}={value}" for name, value in sorted(given.items()))
@@ -182,7 +182,7 @@ def _each_and_all(values: dict) -> list[dict]:
 
 
 def _steps(graph: fx.Graph, given: Mapping | None = None) -> str:
-    """What two graphs of one forward are compared by; the placeholders named in `given` as their values there."""
+    """The text by which two graphs of one forward are compared, with `given`'s values for the placeholders it names."""
     given, names = given or {}, {}
     for node in graph.nodes:
         is_given = node.op == "placeholder" and node.target in given
@@ -222,7 +222,7 @@ def _trace_once(
 
 
 class _RefusingChanges(TorchDispatchMode):
-    """Within, no tensor is changed in place: the graph would not do it again."""
+    """Within, changing a tensor in place raises, since the graph would not repeat it."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function._schema.is_mutable:
@@ -230,17 +230,17 @@ class _RefusingChanges(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-#: What a forward may fill; a base before what derives from it would serve for that, too.
+#: Containers that a forward may fill. The first that matches is used, so a derived class comes before its base.
 _CONTAINERS = (OrderedDict, dict, list, set, deque)
 
 
 class _Held:
-    """What a forward may change besides as it is traced: attributes of a module and of those in it, containers and plain
-    objects in them, and generators of random numbers."""
+    """The state that a forward may change while it is traced: attributes of a module and of the modules in it,
+    containers and plain objects in them, and random number generators."""
 
     def __init__(self, module: nn.Module):
-        self.containers: dict[int, tuple] = {}  # id → it, its contents
-        self.random: list[tuple] = []  # how to get a generator's state, how to set it, the state
+        self.containers: dict[int, tuple] = {}  # id → container, its contents
+        self.random: list[tuple] = []  # of each generator: get the state, set it, the state
         self._hold_random(random.getstate, random.setstate)
         self._hold_random(torch.get_rng_state, torch.set_rng_state)
         if numpy := sys.modules.get("numpy"):
@@ -249,7 +249,7 @@ class _Held:
             self._hold(vars(m), objects=True)
 
     def _hold(self, value, objects: bool) -> None:
-        """objects: whether to look into a plain object; not in one within another."""
+        """objects: whether to look into a plain object, which is not done inside another one."""
         if isinstance(value, (Tensor, nn.Module, type)) or id(value) in self.containers:
             return
         if isinstance(value, torch.Generator):
@@ -274,7 +274,7 @@ class _Held:
         ):
             self._hold(vars(value), objects=False)
 
-    # Of subclasses, too, by the methods of the base: a class's own may do other things.
+    # Subclasses are read and filled by their base's methods, too: their own may do other things.
     @staticmethod
     def _contents(container) -> list:
         base = next(kind for kind in _CONTAINERS if isinstance(container, kind))
@@ -301,7 +301,7 @@ class _Held:
                 yield container, contents
 
     def check(self) -> None:
-        """Raises where something changed."""
+        """Raises if something has changed."""
         if any(self._changed()):
             raise _Untraceable("it changes its attributes, or makes a tensor of its own")
         if any(_comparable(get()) != _comparable(state) for get, _, state in self.random):
@@ -315,7 +315,7 @@ class _Held:
 
 
 def _comparable(state):
-    """A generator's state, of which arrays cannot be compared by ==."""
+    """A generator's state with lists in place of arrays, which == does not compare."""
     if isinstance(state, dict):
         return {k: _comparable(v) for k, v in state.items()}
     if isinstance(state, tuple):
@@ -328,7 +328,7 @@ def _input(node: fx.Node) -> fx.Node:
 
 
 def _copying(module: nn.Module) -> Callable[[], nn.Module]:
-    """Takes no arguments, as the module takes none but its input."""
+    """A function that copies the module. It takes no arguments, as the module takes only its input."""
 
     def make() -> nn.Module:
         return copy.deepcopy(module)
@@ -337,14 +337,14 @@ def _copying(module: nn.Module) -> Callable[[], nn.Module]:
 
 
 def names_an_activation(cls: type[nn.Module]) -> bool:
-    """Whether the class's forward, or a function or method of the user's that it names, names a fixed activation, by one of
-    its calls or its module's class: if not, hardly one is called there."""
+    """Whether the class's forward, or a user's function or method that it refers to, mentions a fixed activation by a
+    function, method or class of modules. If not, it hardly calls one."""
     classes = [c for c in cls.__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
     functions, seen = [vars(c)["forward"] for c in classes if "forward" in vars(c)], set()
     while functions:
         function = inspect.unwrap(functions.pop())
         if not isinstance(function, FunctionType):
-            return True  # its code is not to be seen
+            return True  # its code cannot be seen
         if function in seen or function.__module__.startswith("torch."):
             continue
         seen.add(function)
@@ -365,7 +365,8 @@ def _names(code: CodeType) -> set[str]:
 
 
 def calls_of(graph: fx.Graph, children: Mapping[str, nn.Module]) -> dict[fx.Node, nn.Module | str]:
-    """The calls of activations, by functions, methods and these children, and the module equal to each, or why none is."""
+    """Each call of an activation (by a function, a method, or one of these children) → the equal module, or why there
+    is none."""
     calls = {}
     order = {node: k for k, node in enumerate(graph.nodes)}
     for node in graph.nodes:
@@ -395,7 +396,8 @@ def calls_of(graph: fx.Graph, children: Mapping[str, nn.Module]) -> dict[fx.Node
 
 
 def with_forward(module: nn.Module, graphs: list[fx.Graph], attributes: dict[str, str]) -> type[nn.Module]:
-    """The module's class with the graphs of train and eval mode for its forward, calls by `attributes` in them."""
+    """A subclass of the module's class whose forward runs the graphs of train and eval mode. Nodes that `attributes`
+    names become calls of these children."""
     forwards = []
     for graph in graphs:
         for node in list(graph.nodes):

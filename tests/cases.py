@@ -59,7 +59,7 @@ def _unaligned(t):
     return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
 
 
-#: name → tensor to one of its shape with another layout. Values stay, except "expanded", which repeats the first row.
+#: name → function that gives a tensor another layout. It keeps shape and values, but "expanded" repeats the first row.
 LAYOUTS = {
     "contiguous": lambda t: t,
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
@@ -90,7 +90,7 @@ def draw(shape, shapes, *, dtype=torch.float64, parameter_dtype=None, device="cp
 
 # ---- results and truth ---------------------------------------------------------------------------------------------
 
-#: Of what `evaluate` and `truth` give.
+#: The names of what `evaluate` and `truth` return.
 RESULTS = ["y", "du", "dp1", "dp2", "dp3", "dp4"]
 
 
@@ -111,7 +111,7 @@ def evaluate(f, u, parameters, g):
 
 
 def _shares(u, g, p1, p2, p3, p4, s, s_bar):
-    """What each element has of y, du, dp1, ..., dp4, by the formulas of docs/design.md."""
+    """Each element's y, du and shares of dp1, ..., dp4, by the formulas of docs/design.md."""
     line = p1 * u + p2
     slope = line * s * s_bar
     return [line * s + p4, g * (p1 * s + slope * p3), g * u * s, g * s, g * slope * u, g]
@@ -135,15 +135,15 @@ def _in_float64(u, parameters, g):
 
 
 def truth(u, parameters, g):
-    """What `evaluate` ought to give, in float64."""
+    """What `evaluate` should return, in float64."""
     arguments = _in_float64(u, parameters, g)
     z = arguments[4] * arguments[0]
     return _summed(_shares(*arguments, torch.sigmoid(z), torch.sigmoid(-z)), u, parameters)
 
 
 def magnitudes(u, parameters, g):
-    """For each number of `truth` the sum of the absolute values of all that is added up in it, each times the condition
-    of σ there, 1 + |p3·u|: what its rounding errors scale with."""
+    """For each number of `truth`, what its rounding errors scale with: the sum of the absolute values of the terms
+    added up in it, each times the condition number of σ there, 1 + |p3·u|."""
     arguments = _in_float64(u, parameters, g)
     z = arguments[4] * arguments[0]
     condition = 1 + z.abs()
@@ -152,8 +152,8 @@ def magnitudes(u, parameters, g):
 
 
 def assert_true(results, u, parameters, g, wanted=(True,) * 6):
-    """Results of `evaluate`, those that are wanted, are the truth but for rounding: to the arithmetic dtype at each of a
-    dozen operations (an exponential good to 2 ulp among them), and once to their own dtype."""
+    """The wanted results of `evaluate` are the truth up to rounding: to the arithmetic dtype in each of a dozen
+    operations (one an exponential with an error of up to 2 ulp), and once to their own dtype."""
     arithmetic = 16 * torch.finfo(torch.promote_types(u.dtype, torch.float32)).eps
     rows = zip(RESULTS, results, truth(u, parameters, g), magnitudes(u, parameters, g), wanted)
     for name, result, true, magnitude, is_wanted in rows:

@@ -10,7 +10,7 @@ import torch
 import leaf_cuda
 from leaf_cuda import _ops, functional
 
-#: The README's table: a feature → its tests, as a regular expression.
+#: The table in docs/compatibility.md: a feature → its tests, as a regular expression.
 FEATURES = {
     "`torch.autograd`: gradients, of any subset": r"test_gradcheck.*(granularities|forms)|subsets_that_require",
     "double backward (second-order gradients)": r"test_gradcheck.*(second|third)_order|test_double_backward|gradient_penalty",
@@ -39,7 +39,9 @@ FEATURES = {
 
 
 def pytest_addoption(parser):
-    parser.addoption("--features", metavar="FOLDER", help="write what of FEATURES passed, for the README's table")
+    parser.addoption(
+        "--features", metavar="FOLDER", help="write what of FEATURES passed, for the table of docs/compatibility.md"
+    )
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -90,7 +92,7 @@ def device(request):
 
 @pytest.fixture
 def remove_kernels(monkeypatch):
-    """Called, it leaves leaf_cuda without a kernel for any device."""
+    """A function that leaves leaf_cuda without kernels for any device."""
 
     def remove():
         monkeypatch.setattr(_ops, "has_kernel", lambda device_type: False)
@@ -108,8 +110,8 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def set_threads():
-    """One thread, unless a test calls this to have more: on a shared machine most of these small operations take longer
-    to hand out than to do."""
+    """Tests run on one thread unless they call this: on a shared machine it takes longer to hand most of these small
+    operations to threads than to compute them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield torch.set_num_threads
@@ -118,7 +120,7 @@ def set_threads():
 
 @pytest.fixture(params=["leaf", "LeafFunction", "operator"])
 def route(request):
-    """The ways to the same function: (u, p1, p2, p3, p4) → y."""
+    """The ways to call the same function, (u, p1, p2, p3, p4) → y."""
     return {
         "leaf": leaf_cuda.leaf,
         "LeafFunction": leaf_cuda.LeafFunction.apply,

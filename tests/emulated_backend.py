@@ -1,4 +1,4 @@
-"""Builds the emulated CUDA backend (tests/emulation) and puts it in the place of leaf_cuda's CPU kernels."""
+"""Builds the emulated CUDA backend (tests/emulation) and puts it in place of leaf_cuda's CPU kernels."""
 
 import contextlib
 import fcntl
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from leaf_cuda import _ops  # registers the operators first, so that the emulation's copy of them steps back
+from leaf_cuda import _ops  # first, so that the operators are leaf_cuda's own, and not the emulation's copy
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [line.split()[1] for line in (ROOT / "csrc/sources.txt").read_text().splitlines() if line.startswith("core")]
@@ -20,7 +20,7 @@ def _load() -> None:
     build.mkdir(parents=True, exist_ok=True)
     emulation = ROOT / "tests/emulation"
     with (build / "one-at-a-time").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # which ends with the process; torch's own lock, a file, would be waited for
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the process ends; torch's own lock, a file, may outlive it
         (build / "lock").unlink(missing_ok=True)
         cpp_extension.load(
             "leaf_cuda_emulated",
@@ -37,13 +37,14 @@ _load()
 
 
 def configure(blocks="ascending", threads="ascending", seed=0, multiprocessors=2) -> None:
-    """The order in which blocks, and threads between barriers, run from now on; the multiprocessors the planner sees."""
+    """Sets the order in which blocks, and threads between barriers, run from now on, and the number of multiprocessors
+    that the planner sees."""
     torch.ops.leaf_cuda_emulated.configure(ORDERS[blocks], ORDERS[threads], seed, multiprocessors)
 
 
 @contextlib.contextmanager
 def installed():
-    """Within it torch.ops.leaf_cuda runs the emulated CUDA kernels on CPU tensors."""
+    """Within, torch.ops.leaf_cuda runs the emulated CUDA kernels on CPU tensors."""
     library = torch.library.Library("leaf_cuda", "IMPL")
     for name in (name for name in vars(_ops) if name.startswith("leaf_")):
         emulated = getattr(torch.ops.leaf_cuda_emulated, name).default

@@ -16,8 +16,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Two blocks of 256 threads on a multiprocessor with 65,536 registers; one where a thread has an LSTM's twenty sums and
-# twenty parameters in float64.
+# With 128 registers, two blocks of 256 threads fit a multiprocessor, which has 65,536; only one fits where a thread has
+# an LSTM's twenty sums and twenty parameters in float64.
 MAX_REGISTERS = 128
 MAX_REGISTERS_OF = {"LstmBackward, double": 255}
 
@@ -51,7 +51,7 @@ class Kernel:
         whole = [all(".128" in opcode for opcode in opcodes) for opcodes in of_vectors]
         if self.name.startswith(
             "rows"
-        ):  # which have one for whole vectors alone, and one with the elements at their ends
+        ):  # these have a loop for whole vectors alone, and one with the elements at rows' ends
             whole = [any(w and len({o[:3] for o in opcodes}) == 2 for w, opcodes in zip(whole, of_vectors))]
         if self.is_vectorised and not all(whole):
             broken.append("divided loads or stores in a loop over vectors")
@@ -77,13 +77,14 @@ class Kernel:
 
     @property
     def loop(self) -> int:
-        """Of the loop that loads from global memory and stores to it, vectors where there are."""
+        """Instructions of the loop that loads from and stores to global memory, by vectors if the kernel has any."""
         load, store = (rf"{kind}\.E.*\.128" if self.is_vectorised else kind for kind in ("LDG", "STG"))
         return self.shortest_loop(load, store)
 
     @property
     def ends(self) -> int:
-        """Of the loop over rows that begin or end within a vector, which stores vectors and single elements."""
+        """Instructions of the loop over rows that begin or end within a vector, which stores vectors and single
+        elements."""
         return self.shortest_loop(r"STG\.E.*\.128", r"STG\.E(?!.*\.128)") if self.name.startswith("rows") else 0
 
     @property

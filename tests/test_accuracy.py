@@ -21,8 +21,8 @@ def half_ulp(x, dtype):
 
 
 class Pool:
-    """Root mean squares, over the elements of all draws: of our errors, of the plain formula's, and of half a unit in the
-    last place of the true values, which so is pooled as the errors are that it is the allowance for."""
+    """Root mean squares over the elements of all draws: of our errors, of the plain formula's, and of half a unit in
+    the last place of the true values. This allowance is thus pooled in the same way as the errors."""
 
     def __init__(self):
         self.draws = []
@@ -45,7 +45,7 @@ class Pool:
 
 
 def pools_of(device, shape, shapes, dtype, parameter_dtype, scale=1.0, form=None, names=RESULTS, draws=None):
-    """A Pool for each of the results named: of 32 draws, and of more where a parameter has but a few values, for a steady
+    """A Pool for each of the results named: of 32 draws, or more if a parameter has only a few values, for a steady
     mean where it may be near its bound."""
     few = dtype == torch.float32 and min(math.prod(s) for s in shapes if s is not None) < 8
     pools = {}
@@ -78,8 +78,8 @@ def test_granularities(device, granularity, dtype, parameter_dtype, scale):
 @pytest.mark.parametrize("granularity", ["layer", "channel", "element"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
 def test_half_precision_is_far_more_exact(device, granularity, dtype):
-    """With float32 parameters: their gradients by far, and y and du are the nearest numbers of u's dtype, but for the few
-    that float32's own errors take over a tie."""
+    """With float32 parameters: their gradients are far more exact, and y and du are the nearest numbers of u's dtype,
+    except for the few where float32's own error crosses a tie."""
     shape, shapes = GRANULARITIES[granularity](8, 4, 12, 10)
     pools = pools_of(device, shape, shapes, dtype, torch.float32)
     for name in ("dp1", "dp2", "dp3", "dp4"):
@@ -95,7 +95,7 @@ def test_half_precision_is_far_more_exact(device, granularity, dtype):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype, parameter_dtype", [PAIRS[0], PAIRS[1], PAIRS[-1]], ids=dtype_id)
 def test_forms(device, form, dtype, parameter_dtype, scale):
-    """Scale 100 has p3·u over [-100, 100] and beyond, 10^-4 the ReLU form's bend."""
+    """Scale 100 takes p3·u beyond [-100, 100]; scale 10^-4 covers the ReLU form's bend."""
     if form == "ReLU" and dtype == torch.float16:
         pytest.skip("the plain formula has no 2^16 in float16")
     for shapes in [(1,)] * 4, [(40,)] * 4:
@@ -107,10 +107,10 @@ def test_forms(device, form, dtype, parameter_dtype, scale):
 @pytest.mark.parametrize("form", ["SiLU", "Tanh", "Sigmoid", "GELU", "CUSTOM"])
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=dtype_id)
 def test_bands(device, dtype, form, most, factor):
-    """p3·u over [-100, 100], and each of 40 bands of it by itself: there an error counts where y or a slope is small, and
-    is not lost beside the large values of other bands. In a band 1.25 times: within the few powers of two that e^(p3·u)
-    takes in it, our roundings and the plain formula's fall on unequal parts of a mantissa. So over [-4, 4], where most
-    values are. Each gradient is of one element, with an own parameter."""
+    """p3·u over [-100, 100], as a whole and in each of 40 bands: there an error counts even where y or a slope is
+    small, and is not lost beside the large values of other bands. Within a band the factor is 1.25: e^(p3·u) takes only
+    a few powers of two, so that our roundings and the plain formula's fall on unequal parts of a mantissa. Over [-4,
+    4], where most values are, it is 1.05. Each element has a parameter, and so a gradient, of its own."""
     bands, draws = 40, 1000
     middle = torch.linspace(-most, most, bands).view(-1, 1)
     u = (middle + (torch.rand(bands, draws) - 0.5) * 2 * most / bands) / FORMS[form][2]
@@ -139,7 +139,7 @@ def test_slope_without_cancellation(device, dtype):
     assert ((du.double() / slope - 1).abs() <= 8 * torch.finfo(dtype).eps).all()
 
 
-# Lengths that are odd ones for vectors, and sums long enough that a naive one in float32 loses digits.
+# Lengths that are no multiples of vectors, and sums so long that a naive one in float32 loses digits.
 @pytest.mark.parametrize(
     "shape, parameter_shape",
     [
@@ -170,7 +170,7 @@ ON_CUDA_KERNELS = pytest.mark.parametrize(
 @ON_CUDA_KERNELS
 @pytest.mark.parametrize("by_rows", [True, False], ids=["rows", "columns"])
 def test_longest_sums(request, device, by_rows):
-    """Emulated, on a device of one multiprocessor: as many terms in a CUDA thread's sum as there can be."""
+    """With the most terms that a CUDA thread's sum can have: if emulated, on a device of one multiprocessor."""
     if request.node.get_closest_marker("emulated"):
         pytest.importorskip("emulated_backend").configure(multiprocessors=1)
     length = 1 << (20 if device == "cuda" else 17)
@@ -182,7 +182,8 @@ def test_longest_sums(request, device, by_rows):
 
 @ON_CUDA_KERNELS
 def test_few_rows_of_many_columns(device):
-    """Enough columns for each thread to take rows alone: eager's sums of 64 terms are more exact than a serial one."""
+    """With so many columns that each thread could sum its rows alone: eager's sums of 64 terms are more exact than a
+    serial one."""
     columns = 1 << (20 if device == "cuda" else 16)
     drawn = (device, (64, columns), [(columns,)] * 4, torch.float32, torch.float32)
     for name, pool in pools_of(*drawn, names=("dp1", "dp2", "dp3", "dp4"), draws=1).items():
@@ -193,7 +194,7 @@ def test_few_rows_of_many_columns(device):
 
 
 def in_mpmath(u, g, p1, p2, p3, p4):
-    """[(value, magnitude)] as `cases.truth`'s, of one element, in 400 binary digits."""
+    """[(value, the absolute values of its terms added up)] of one element's results, in 400 binary digits."""
     with mpmath.workprec(400):
         u, g, p1, p2, p3, p4 = map(mpmath.mpf, (u, g, p1, p2, p3, p4))
         s, s_bar = 1 / (1 + mpmath.exp(-p3 * u)), 1 / (1 + mpmath.exp(p3 * u))
@@ -209,8 +210,8 @@ def in_mpmath(u, g, p1, p2, p3, p4):
 
 
 def test_float64_against_mpmath(device):
-    """p3·u is exact here, so that what is measured is σ and the operations around it: 16 units of 2^-53 of what is added
-    up, and where σ is subnormal, below 2^-1022, the spacing of those numbers instead."""
+    """p3·u is exact here, so that σ and the operations around it are measured. The bound is 16 units of 2^-53 of what
+    is added up and, for where σ is subnormal, below 2^-1022, the spacing of those numbers."""
     z = torch.cat([torch.linspace(-745, 745, 61, dtype=torch.float64), 40 * torch.randn(20, dtype=torch.float64)])
     z = torch.cat([z, torch.tensor([0.0, 1e-300, -1e-9, 708.3, -708.4, -709.8, -744.4, 36.7, -36.8]).double()])
     p3 = 2.0 ** torch.randint(-3, 4, z.shape).double()

@@ -1,4 +1,4 @@
-"""leaf_cuda.convert: which activations are replaced, by what, and that the model stays what it was otherwise."""
+"""leaf_cuda.convert: which activations are replaced, by what, and that the model is otherwise unchanged."""
 
 import collections
 import contextlib
@@ -63,7 +63,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", EXACT | NEAR)
 def test_forms(name):
-    """The report's difference is the form's own, of which a finer grid sees no more, and the output differs by no more."""
+    """The reported difference is the form's: on a finer grid it is no larger, and the output differs by no more."""
     fixed = getattr(nn, name)()
     model = nn.Sequential(fixed)
     u = torch.linspace(-12, 12, 240_001, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_forms(name):
     bound = (EXACT | NEAR)[name]
     assert replaced.difference <= bound and report.output_difference <= bound + 2e-6
     torch.testing.assert_close(model(u), fixed(u), rtol=0, atol=bound + 2e-6)
-    if name in NEAR:  # and is no smaller than told
+    if name in NEAR:  # and it is no smaller than documented
         assert replaced.difference > 0.98 * bound
 
 
@@ -144,7 +144,7 @@ def test_sizes(granularity, channel_dim, sizes):
 
 
 def test_networks():
-    """The paper's, whose fixed activations become what the models are made with."""
+    """In the paper's networks, fixed activations become the LEAFs that the networks can be made with."""
     model = LeNet5((1, 28, 28))
     replace_activations(model, granularity="element", example_inputs=torch.randn(1, 1, 28, 28))
     assert sum(p.numel() for p in model.parameters()) == 431_000 + 60_880
@@ -188,7 +188,7 @@ def test_rules():
         "head.1": "rules['head.*'] is None",
         "tail": "it matches no activation",
     }
-    assert {r.name: r.difference for r in report.replaced}["body.1"] == pytest.approx(0.1)  # of LeakyReLU at -10
+    assert {r.name: r.difference for r in report.replaced}["body.1"] == pytest.approx(0.1)  # LeakyReLU's, at -10
     assert {r.name: r.difference for r in report.replaced}["body.3"] < 1e-15
 
 
@@ -379,7 +379,7 @@ def asking_is_tensor(self, x):
     return F.relu(x) if torch.is_tensor(x) else F.relu(x[0])
 
 
-#: What a fixed activation's constructor, and its functions behind the input, are called with.
+#: Arguments of a fixed activation's constructor, and of its functions after the input.
 ARGUMENTS = {
     nn.CELU: (2.0,),
     nn.ELU: (0.5,),
@@ -394,7 +394,7 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("kind, call", [(kind, c) for kind, f in FIXED.items() for c in (*f.calls, *f.in_place)])
 def test_table_of_calls(kind, call):
-    """Each function and method computes what its module does, changes its input if that is told, and is found."""
+    """Each function and method computes what its module does, changes its input only if listed so, and is found."""
     arguments = ARGUMENTS.get(kind, ())
 
     def function(u):
@@ -438,7 +438,7 @@ class OfChannels(nn.Module):
 
 @pytest.mark.parametrize("kind", [OfFloat32, OfChannels])
 def test_own_activation_of_other_inputs(kind):
-    """That it does not take what its difference is looked for with is no error."""
+    """It is no error that such an activation does not take the input that its difference is measured with."""
     (replaced,) = replace_activations(nn.Sequential(kind()), rules={kind: "SiLU"}).replaced
     assert replaced.difference is None
 
@@ -565,7 +565,8 @@ def test_class_that_takes_no_subclass():
 @pytest.mark.parametrize("inputs", [None, X])
 @pytest.mark.parametrize("traceable", [True, False])
 def test_function_with_more_arguments(inputs, traceable):
-    """Of a function in an attribute: the trace shows them, and replaces the call; or else the run shows them."""
+    """A function in an attribute, called with more than its input: a trace shows that, and its call is replaced;
+    without a trace, the run shows it."""
 
     def forward(self, x):
         if not traceable and x.sum() > 1e9:
@@ -575,7 +576,7 @@ def test_function_with_more_arguments(inputs, traceable):
     model = make_forward(forward)
     model.act = F.relu
     if inputs is None and not traceable:
-        assert [r.name for r in replace_activations(model).replaced] == ["act"]  # nothing shows them
+        assert [r.name for r in replace_activations(model).replaced] == ["act"]  # nothing shows it
         return
     with contextlib.nullcontext() if traceable else pytest.warns(UserWarning, match="nothing replaced"):
         report = replace_activations(model, example_inputs=inputs)
@@ -600,7 +601,7 @@ class Scaled(nn.Module):
     ],
 )
 def test_module_with_more_arguments(body, inputs, compiled):
-    """Wherever in the module it is; all such places are found at once."""
+    """Wherever the activation is in the module; all such places are found in one run."""
     runs = []
 
     def forward(self, x):
@@ -622,7 +623,7 @@ def test_module_with_more_arguments(body, inputs, compiled):
 
 
 def test_child_with_a_with_statement():
-    """It is called again, by the graph too."""
+    """It does not matter, since the graph calls the child as it is."""
 
     class Timed(nn.Linear):
         def __call__(self, x):
@@ -635,7 +636,7 @@ def test_child_with_a_with_statement():
 
 
 def test_modes():
-    """Children with a mode of their own, or none; classes that prepare for eval mode."""
+    """Children whose mode is fixed, or that have none; classes that prepare for eval mode in train()."""
 
     class Frozen(nn.BatchNorm1d):
         training = property(lambda self: False, lambda self, value: None)
@@ -661,7 +662,7 @@ def test_modes():
 
 
 def test_trace_that_example_inputs_refute():
-    """What no trace sees: the module is as it was, and others are converted."""
+    """What no trace sees, example inputs show: that module stays as it was, and others are converted."""
 
     class Asking(nn.Module):
         def forward(self, x):
@@ -682,8 +683,8 @@ def test_trace_that_example_inputs_refute():
 
 
 def test_trace_that_example_inputs_do_not_refute():
-    """What differs without the trace says nothing of it: a path that is switched off, a module that never repeats itself,
-    one that looks at its children."""
+    """Differences with another cause do not discredit a trace: a fast path that is switched off, a module that never
+    repeats itself, one that iterates over its children."""
 
     class Plain(nn.Module):
         def forward(self, x):
@@ -737,7 +738,7 @@ def test_none_that_a_forward_refuses():
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu")])
 @pytest.mark.parametrize("body", [asking_for_autocast_on_the_cpu, asking_for_inference_mode, asking_for_gradients])
 def test_modes_of_the_caller(mode, body):
-    """Whatever is on around the call, a forward that asks for it is kept."""
+    """Whatever mode is on around the call, a forward that asks for a mode is kept."""
     model = make_forward(body)
     with mode(), pytest.warns(UserWarning, match="nothing replaced"):
         replace_activations(model)
@@ -745,7 +746,7 @@ def test_modes_of_the_caller(mode, body):
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_graph_module(inside):
-    """Its modules are replaced; the calls in its graph, which a copy is made from, are not."""
+    """Its modules are replaced; calls in its graph, from which copies of it are made, are not."""
     traced = torch.fx.symbolic_trace(nn.Sequential(make_forward(lambda self, x: F.relu(self.fc1(x))), nn.SiLU()))
     model = nn.Sequential(traced) if inside else traced
     expected = model(X)
@@ -797,7 +798,7 @@ def test_modules_kept(make, reason):
 
 
 def test_recurrent_layers_with_leaf():
-    """They have theirs."""
+    """They keep their own LEAFs."""
     model = nn.ModuleDict({"rnn": LeafLSTM(3, 4), "cell": LeafGRUCell(3, 4), "act": nn.SiLU()})
     report = replace_activations(model)
     assert [r.name for r in report.replaced] == ["act"] and not report.kept
@@ -810,7 +811,7 @@ def test_kept_by_size():
             self.twice, self.never, self.flat, self.whole = nn.ReLU(), nn.ReLU(), nn.ReLU(), nn.ReLU()
 
         def forward(self, x):
-            with contextlib.nullcontext():  # so that it is not traced, and the calls of one are no places each
+            with contextlib.nullcontext():  # not traced, so the calls of a module are not places each
                 return (
                     self.twice(x).sum()
                     + self.twice(x[:, :3]).sum()
@@ -831,7 +832,7 @@ def test_kept_by_size():
 
 
 class Bottleneck(nn.Module):
-    """As torchvision's: one module for three calls."""
+    """Like torchvision's: one activation module for three calls."""
 
     def __init__(self):
         super().__init__()
@@ -861,13 +862,13 @@ def test_one_module_of_several_sizes(rules):
         torch.testing.assert_close(model(x), before, rtol=0, atol=2e-5)
     assert isinstance(model[0], Bottleneck) and set(copy.deepcopy(model).state_dict()) == set(model.state_dict())
     one = nn.Sequential(Bottleneck(), nn.SiLU())
-    shared = replace_activations(one, example_inputs=x)  # one set of parameters, which all calls can share
+    shared = replace_activations(one, example_inputs=x)  # per layer: all calls share one set of parameters
     assert {r.name: r.calls for r in shared.replaced} == {"0.relu": 3, "1": 1} and "for 3 calls" in str(shared)
     assert type(one[0]) is Bottleneck
 
 
 def test_example_inputs_are_not_changed():
-    """A model that changes them in place is still seen to differ afterwards."""
+    """A model that changes them in place runs on copies, so that the outputs are still seen to differ."""
     model = make_forward(lambda self, x: x + self.fc1(self.act(x)))
     model.act = nn.ReLU(inplace=True)
     x = X.clone()
@@ -894,7 +895,7 @@ def test_model_that_is_an_activation(model, reason):
 
 
 class Head(nn.Module):
-    """Called with several sizes itself."""
+    """A module that is itself called with several sizes."""
 
     def __init__(self, body):
         super().__init__()
@@ -908,7 +909,7 @@ class Head(nn.Module):
     "body, kept", [(lambda self, x: F.relu(x) * 2, "0.relu"), (lambda self, x: self.act(self.act(x)), "0.act_leaf1")]
 )
 def test_calls_of_several_sizes(body, kept):
-    """Of a call there is one place: it is kept."""
+    """A call that gets inputs of several sizes is kept, since it is a single place."""
 
     class Pyramid(nn.Sequential):
         def forward(self, x):
@@ -943,7 +944,7 @@ class Named(dict):
 
 @pytest.mark.parametrize("make", [dict, Named, collections.UserDict])
 def test_inputs_by_name_are_copied(make):
-    """With what they require: a model may differentiate by its input."""
+    """The copies require gradients as the inputs do: a model may differentiate with respect to its input."""
 
     class Energy(nn.Module):
         def __init__(self):
@@ -1001,7 +1002,7 @@ def test_forwards_without_activations_are_not_reported():
 
 
 def test_kept_place_is_as_it_was():
-    """A transformer layer keeps its fast path, a module its class."""
+    """If nothing in them is replaced, a transformer layer keeps its fast path, and a module its class."""
 
     class Twice(nn.Module):
         def __init__(self):
@@ -1020,7 +1021,7 @@ def test_kept_place_is_as_it_was():
 
 
 def test_not_called():
-    """In a list, say, the old module is called still."""
+    """A replaced module that is also in a list, say, is still called there in place of the new one."""
 
     class Listed(nn.Module):
         def __init__(self):
@@ -1069,7 +1070,7 @@ def test_train_and_eval_mode():
 
 
 def test_unchanged_after_an_error():
-    """At every step at which something can fail: the run before, the run of the sizes, the creation of a LEAF."""
+    """At every step that can fail: the run before, the run that finds the sizes, the creation of a LEAF."""
     torch.manual_seed(0)
     original = Small().eval()
     expected = original(X)
@@ -1229,7 +1230,7 @@ def test_differences_that_are_no_number():
     "of", [Tensor.to_sparse, lambda y: torch.fft.fft(y).conj(), lambda y: torch.nested.as_nested_tensor(list(y))]
 )
 def test_differences_of_other_tensors(of):
-    """Sparse, complex (of which the imaginary part counts), nested."""
+    """Sparse, complex (whose imaginary part counts, too) and nested tensors."""
 
     class Net(nn.Sequential):
         def forward(self, x):
@@ -1250,7 +1251,7 @@ def test_on_the_meta_device():
 
 
 def test_in_place_activation_is_seen_in_the_output():
-    """An input that was changed in place and is used again: the output changes, and the report tells."""
+    """An input that was changed in place and is used again: the output changes, and the report says so."""
     act = nn.ReLU(inplace=True)
 
     class Residual(nn.Module):

@@ -20,8 +20,8 @@ def run(shape, shapes, dtype, device="cpu", layout="contiguous"):
     return lambda: evaluate(leaf_cuda.leaf, u, parameters, g)
 
 
-# Large enough for many tasks. The first few are every granularity; the rest are long runs of parameters, whose sums are
-# taken over one dimension or many, and few rows, or more rows than parameters.
+# Large enough for many tasks. The first are all granularities. The rest have many rows of few parameters, or few rows
+# of many parameters, whose gradients are summed over one dimension or several.
 THREAD_CASES = {
     **{name: make(8, 12, 60, 61) for name, make in GRANULARITIES.items()},
     "short_rows": ((3_000, 16, 7), [(16, 1)] * 4),
@@ -66,7 +66,7 @@ def test_runs(device, granularity, dtype):
 @pytest.mark.emulated
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_order_of_blocks_and_threads(granularity):
-    """The CUDA kernels' results do not depend on which block or thread is first."""
+    """The CUDA kernels' results do not depend on the order in which blocks and threads run."""
     emulated_backend = pytest.importorskip("emulated_backend", reason="the CUDA kernels are not emulated here")
     compute = run(*GRANULARITIES[granularity](8, 12, 9, 22), torch.float32)
     results = []
@@ -82,7 +82,7 @@ def test_order_of_blocks_and_threads(granularity):
     assert_bitwise_equal(results[2], results[0])
 
 
-#: More than leaf_cpu.cpp's kBeyondCaches (32 MiB) of float32, in two halves of less.
+#: Larger than leaf_cpu.cpp's kBeyondCaches (32 MiB) in float32, but not in halves.
 LARGE = {
     "layer": ((2, 3, 1_500_007), [(1,)] * 4),
     "channel": ((2, 3, 1_500_007), [(3, 1)] * 4),
@@ -97,7 +97,8 @@ LARGE = {
 @pytest.mark.parametrize("layout", ["contiguous", "unaligned"])
 @pytest.mark.parametrize("case", LARGE)
 def test_results_beyond_the_caches(set_threads, case, layout):
-    """y of a large u, stored past the caches, and du are those of its halves; the parameters' gradients the sums."""
+    """For a large u, y and du are streamed past the caches. They equal those of u's halves, and the parameters'
+    gradients are the halves' sums."""
     set_threads(2)
     shape, shapes = LARGE[case]
     assert 4 * torch.Size(shape).numel() > 2**25 > 2 * torch.Size(shape).numel()

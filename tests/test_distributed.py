@@ -1,4 +1,4 @@
-"""Two processes on this machine, by gloo: gradients are the single process's."""
+"""Two processes on this machine, by gloo: gradients equal those of a single process."""
 
 import copy
 import traceback
@@ -88,7 +88,7 @@ def fsdp(rank, mesh, model=None, x=None, policies=None, tolerance=1e-6):
 
 
 def fsdp_of_a_recurrent_layer(rank, mesh):
-    """In one group, from the meta device on, with and without a policy of low precision."""
+    """In one FSDP group, initialised from the meta device, with and without a low-precision policy."""
     from torch.distributed.fsdp import fully_shard
 
     for options, tolerance in (({}, 1e-6), (policy(torch.bfloat16), 5e-2)):
@@ -122,14 +122,15 @@ def policy(dtype):
 
 
 def own():
-    """Of LEAF in a group of its own: its parameters stay in float32, its input in the dtype that it comes in."""
+    """Options for LEAF in a group of its own: its parameters stay in float32, and its input in the dtype it comes
+    in."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     return {"mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
 
 
 def fsdp_loads_sharded_state_of_torch(rank, mesh):
-    """nn.LSTM's own, and a LLaMA's MLP's, which has no parameters of an activation."""
+    """The state dicts of nn.LSTM and of LLaMA's MLP, which have no parameters of activations."""
     from torch.distributed.fsdp import fully_shard
 
     class MLP(nn.Module):
@@ -175,13 +176,13 @@ def fsdp_of_low_precision_weights(rank, mesh):
 
 
 def fsdp_of_low_precision_weights_in_one_group(rank, mesh):
-    """FSDP's own refusal, which the README answers."""
+    """FSDP itself refuses this; docs/compatibility.md says what to do."""
     with pytest.raises(AssertionError, match="uniform original parameter dtype"):
         fsdp(rank, mesh, network(torch.bfloat16), share(batch(), rank).bfloat16(), policies=(None, {}))
 
 
 def put(tensors, mesh, placement):
-    """Leaves: DTensors so placed, or plain tensors without a placement."""
+    """The tensors as leaves that require gradients: DTensors with this placement, or plain tensors if it is None."""
     from torch.distributed.tensor import distribute_tensor
 
     placed = (t.clone() if placement is None else distribute_tensor(t, mesh, [placement]) for t in tensors)
@@ -189,7 +190,7 @@ def put(tensors, mesh, placement):
 
 
 def drawn(tensors):
-    """So many tensors of one shape, and parameters for them."""
+    """The given number of tensors of one shape, and parameters for them."""
     generator = torch.Generator().manual_seed(2)
     us = [torch.randn(4, 6, 2, generator=generator) for _ in range(tensors)]
     return us, [torch.randn(s, generator=generator) for s in ((6, 1), (1,), (), (6, 2))]
@@ -226,7 +227,7 @@ def dtensor(rank, mesh):
 
 
 def dtensor_double_backward(rank, mesh):
-    """A gradient penalty of sharded tensors, by the kernel on each shard."""
+    """A gradient penalty with sharded tensors, computed by the kernel on each shard."""
     from torch.distributed.tensor import Replicate, Shard
 
     us, parameters = drawn(1)
@@ -263,7 +264,7 @@ def dtensor_glu(rank, mesh):
 
 
 def dtensor_of_more_gradients_each_time(rank, mesh):
-    """DTensor asks for an operator's shardings once, whichever gradients are wanted then."""
+    """DTensor caches an operator's shardings, and must not reuse those for other wanted gradients."""
     from torch.distributed.tensor import Replicate, Shard
 
     def first_order(f, leaves):
@@ -276,7 +277,7 @@ def dtensor_of_more_gradients_each_time(rank, mesh):
 
     cases = [(leaf_cuda.leaf, 1, first_order), (leaf_cuda.leaf_glu, 2, first_order), (leaf_cuda.leaf, 1, second_order)]
     generator = torch.Generator().manual_seed(4)
-    for width, shape in ((7, ()), (9, (9,))):  # no shapes of the other checks
+    for width, shape in ((7, ()), (9, (9,))):  # shapes that no other check uses
         for f, inputs, order in cases:
             values = [torch.randn(s, generator=generator) for s in [(4, width)] * inputs + [shape] * 4]
 
@@ -288,7 +289,7 @@ def dtensor_of_more_gradients_each_time(rank, mesh):
                 for leaf in leaves:
                     leaf.requires_grad_(False)
                 results = []
-                for leaf in (leaves[0], *reversed(leaves[1:])):  # torch 2.11 finds no mesh where v is None
+                for leaf in (leaves[0], *reversed(leaves[1:])):  # u first: torch 2.11 finds no mesh if v is None
                     leaf.requires_grad_()
                     results += torch.autograd.grad(order(f, leaves), [t for t in leaves if t.requires_grad])
                 return results
@@ -314,7 +315,7 @@ def tuned(model, x, single_pass=False, steps=10):
 
 
 def assert_tuned(model, rank, single_pass=False, full=lambda t: t):
-    """The single process's losses and parameters; Adam with float64, or it makes much of a rounding."""
+    """Losses and parameters equal those of a single process. In float64, since Adam magnifies rounding errors."""
     single = network(torch.float64)
     expected = tuned(single, batch().double(), single_pass)
     losses = torch.stack(tuned(model, share(batch().double(), rank), single_pass))
@@ -337,7 +338,7 @@ def double_stage_with_ddp_needs_its_option(rank, mesh):
         with pytest.raises(ValueError, match="takes find_unused_parameters=True"):
             tuned(model, x, steps=1)
         assert all(p.requires_grad for p in model.parameters())
-    # What has no parameter of the tuner takes any option.
+    # A DistributedDataParallel without parameters of the tuner may have any options.
     other = DistributedDataParallel(nn.Linear(6, 6))
     model = DistributedDataParallel(network(), find_unused_parameters=True)
     with torch.no_grad():
@@ -380,7 +381,7 @@ CHECKS = [
 def process(rank, folder):
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    minute = timedelta(minutes=1)  # not half an hour, should one of the two fail alone
+    minute = timedelta(minutes=1)  # instead of half an hour, should one of the two fail alone
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=minute)
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -391,16 +392,14 @@ def process(rank, folder):
             check(rank, mesh)
         except BaseException:
             failures[check.__name__] = traceback.format_exc()
-        # Of both, or else one would wait for the other in the next check.
-        everyones = [None] * WORLD
-        dist.all_gather_object(everyones, failures.get(check.__name__))
+        dist.barrier()  # neither begins the next check before both have left this one
     torch.save(failures, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
-    """check → what went wrong in it. The processes run all checks, for a start takes longer than a check."""
+    """check → what went wrong in it. The processes run all checks, since a start takes longer than a check."""
     folder = tmp_path_factory.mktemp("processes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")

@@ -85,7 +85,7 @@ def test_layouts(device, of_u, of_g, of_v):
 @pytest.mark.parametrize("repeated", ["neither", "grad", "v", "both"])
 @pytest.mark.parametrize("granularity", ["layer", "channel", "features"])
 def test_stride_0(device, granularity, repeated):
-    """What y.sum() and du.sum() send is one element, read as such."""
+    """y.sum() and du.sum() send back one element with stride 0, which is read as such."""
     shape, shapes = GRANULARITIES[granularity](3, 5, 4, 7)
     u, parameters, g, v, directions = draw_all(shape, shapes, dtype=torch.float32, device=device)
     one = torch.tensor(0.75, device=device).expand(shape)
@@ -105,7 +105,7 @@ def call(drawn, mask=(True,) * 6):
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 @pytest.mark.parametrize("granularity", ["layer", "channel", "element", "mixed", "no_p2"])
 def test_masks(device, granularity, layout):
-    """Only what is asked for comes, bitwise as when all is."""
+    """Only the results asked for are returned, bitwise as when all are asked for."""
     u, *rest = draw_all(*GRANULARITIES[granularity](3, 5, 4, 6), dtype=torch.float32, device=device)
     drawn = LAYOUTS[layout](u), *rest
     everything = call(drawn)
@@ -147,7 +147,8 @@ def test_number_of_threads(set_threads, granularity):
 
 @pytest.mark.parametrize("route", [leaf_cuda.leaf, leaf_cuda.LeafFunction.apply], ids=["leaf", "LeafFunction"])
 def test_gradient_penalty_is_three_passes(route):
-    """Forward, backward and the backward of backward: one kernel each, and no operation on tensors of u's size else."""
+    """Forward, backward and the backward of backward: one kernel each, and no other operation on tensors of u's
+    size."""
     u, parameters, _ = draw(*GRANULARITIES["channel"](3, 5, 4, 6))
     u, *parameters = (t.requires_grad_() for t in (u, *parameters))
     with Calls() as calls:
@@ -160,7 +161,7 @@ def test_gradient_penalty_is_three_passes(route):
 
 @pytest.mark.parametrize("granularity", ["layer", "channel", "features"])
 def test_memory(device, granularity):
-    """dgrad, du, and partial sums in an eighth of u or 1 MiB."""
+    """Allocates dgrad, du, and partial sums within an eighth of u or 1 MiB."""
     drawn = draw_all(*GRANULARITIES[granularity](64, 8, 64, 64), dtype=torch.float32, device=device)
     u = drawn[0]
     assert size(u) == 2**23
@@ -168,7 +169,7 @@ def test_memory(device, granularity):
 
 
 def test_gradient_penalty_training(device):
-    """A penalty on the norm of the input's gradient: the formula's gradients of all weights and parameters."""
+    """With a penalty on the norm of the input's gradient, all weights and parameters get the formula's gradients."""
 
     def gradients(activation):
         torch.manual_seed(1)
@@ -186,7 +187,7 @@ def test_gradient_penalty_training(device):
 
 
 def test_third_derivatives_are_of_the_same_function(device):
-    """Where double backward is differentiated in turn it runs as PyTorch operations."""
+    """If double backward is itself to be differentiated, it runs as PyTorch operations."""
     drawn = draw_all(*GRANULARITIES["channel"](2, 3, 2, 2), device=device)
     leaves = [t.requires_grad_() for t in (drawn[3], *drawn[4], drawn[2], drawn[0], *drawn[1])]
     assert torch.autograd.gradcheck(lambda *a: DOUBLE_BACKWARD(*a, [True] * 6)[:5], leaves)
@@ -197,7 +198,7 @@ def test_third_derivatives_are_of_the_same_function(device):
 
 
 def test_evaluate_is_unchanged(device):
-    """First derivatives with create_graph are bitwise those without."""
+    """First derivatives with create_graph=True are bitwise those without it."""
     u, parameters, g = draw(*GRANULARITIES["mixed"](3, 5, 4, 6), dtype=torch.float32, device=device)
     expected = evaluate(leaf_cuda.leaf, u, parameters, g)[1:]
     leaves = [t.detach().requires_grad_() for t in (u, *parameters)]

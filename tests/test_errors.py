@@ -262,7 +262,7 @@ def test_number_out_of_range(number):
 
 @pytest.mark.parametrize("name", ["u", "p1"])
 def test_forward_mode_differentiation_is_right_or_raises(name):
-    """Never a result without its tangent."""
+    """A result never lacks its tangent."""
     forward_ad = torch.autograd.forward_ad
     arguments = {"u": torch.randn(6, dtype=torch.float64), "p1": torch.ones(1, dtype=torch.float64)}
     with forward_ad.dual_level():

@@ -31,7 +31,7 @@ def exported(strict=False):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict):
-    """One operator in the graph; another batch size and, saved and loaded, another process's numbers."""
+    """The graph has one operator per activation, and runs with other batch sizes."""
     program = exported(strict)
     assert str(program.graph).count("leaf_cuda.leaf_forward") == 4
     for n in (1, 2, 7):
@@ -43,7 +43,7 @@ def test_export(strict):
 def test_export_of_a_size_for_a_parameter(strict):
     class Net(nn.Module):
         def forward(self, u):
-            return leaf_cuda.leaf(u, u.shape[0], 0.5, u.shape[1] * 0.5, u.shape[1] - 4)  # traced, it is 0
+            return leaf_cuda.leaf(u, u.shape[0], 0.5, u.shape[1] * 0.5, u.shape[1] - 4)  # the last is 0 when traced
 
     sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     program = torch.export.export(Net(), (torch.randn(3, 4),), dynamic_shapes=(sizes,), strict=strict)
@@ -73,7 +73,7 @@ def test_aot_inductor(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("source", ["module", "ExportedProgram"])
 def test_onnx(tmp_path, source):
-    """Standard operators only, and their numbers by onnxruntime."""
+    """Only standard operators, with which onnxruntime computes the same numbers."""
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     path, x = tmp_path / "leaf.onnx", images(2)

@@ -1,4 +1,4 @@
-"""torch.func and forward mode: every transform of LEAF equals that of the formula, and goes by the fused kernels."""
+"""torch.func and forward mode: every transform of LEAF equals that of the formula, and uses the fused kernels."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ ALL = (0, 1, 2, 3, 4)
 
 @pytest.fixture(autouse=True)
 def no_loop_over_the_batch():
-    """vmap raises where it has no rule for an operator, and would loop."""
+    """vmap raises if it has no rule for an operator, instead of looping over the batch."""
     torch._C._functorch._set_vmap_fallback_enabled(False)
     yield
     torch._C._functorch._set_vmap_fallback_enabled(True)
@@ -92,7 +92,7 @@ def test_forward_transforms(device, route, transform):
 @pytest.mark.parametrize("route", [leaf_cuda.leaf, FORWARD], ids=["leaf", "operator"])
 @pytest.mark.parametrize("transform", ["alone", "of_grad", "of_vmap", "of_vmap_of_grad", "in_vmap"])
 def test_functionalize(device, route, transform):
-    """With functionalize around the call, which takes no torch.autograd.Function."""
+    """Under functionalize, which does not support torch.autograd.Function."""
     in_dims = IN_DIMS[0]
     arguments = inputs(device) if transform in ("alone", "of_grad") else batched(inputs(device), in_dims)
     transforms = {
@@ -138,7 +138,7 @@ def test_vmap(device, route, in_dims):
 
 @pytest.mark.parametrize("in_dims", IN_DIMS, ids=str)
 def test_vmap_of_grad(device, route, in_dims):
-    """Per part of the batch one gradient, of what is batched and of what is not."""
+    """One gradient per sample, for inputs that are batched and for those that are not."""
     arguments = batched(inputs(device), in_dims)
     assert_same(lambda f: vmap(grad(loss(f), ALL), in_dims)(*arguments), route)
 
@@ -151,7 +151,7 @@ def test_grad_of_vmap(device, route, in_dims):
 
 @pytest.mark.parametrize("in_dims", IN_DIMS, ids=str)
 def test_backward_through_vmap(device, route, in_dims):
-    """By torch.autograd, which is not among torch.func's transforms."""
+    """Backward by torch.autograd, which is not one of torch.func's transforms."""
     arguments = [t.requires_grad_() for t in batched(inputs(device), in_dims)]
     assert_same(lambda f: torch.autograd.grad(vmap(f, in_dims)(*arguments).sin().sum(), arguments), route)
 
@@ -184,7 +184,7 @@ def test_parameters_of_more_dimensions_than_u(device, route):
 
 @pytest.mark.parametrize("in_dim", [None, 0])
 def test_vmap_checks_shapes(route, in_dim):
-    """A parameter of more dimensions than u does not reach into the batch."""
+    """A parameter of more dimensions than u does not broadcast along the batch."""
     u, one, p1 = torch.randn(5, 4), torch.ones(4), torch.ones(5, 5, 4)
     with pytest.raises(ValueError, match=r"p1 of shape .*5, 4\] does not broadcast to u of shape \[5, 4\]"):
         vmap(route, (0, in_dim, None, None, None))(u, p1[0] if in_dim is None else p1, one, one, one)
@@ -243,7 +243,7 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("function", [leaf_cuda.leaf, leaf_cuda.LeafFunction.apply], ids=["leaf", "LeafFunction"])
 def test_one_kernel_for_a_batch(function):
-    """A gradient per sample is one call of the fused forward and one of the fused backward."""
+    """Per-sample gradients take one call of the fused forward and one of the fused backward."""
     arguments = batched(inputs("cpu"), IN_DIMS[0])
     with Calls() as calls:
         vmap(grad(lambda *a: function(*a).sum(), ALL), IN_DIMS[0])(*arguments)
@@ -283,7 +283,7 @@ def test_compiled(transform, backend):
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("transform", ["grad", "vjp", "grad_of_grad", "jacrev", "vmap", "vmap_of_grad"])
 def test_compiled_beside_what_requires_grad(transform):
-    """As a module's parameters do, outside of the transform: its results, and their gradients."""
+    """Results and their gradients, if parameters outside of the transform require gradients, as a module's do."""
     torch._dynamo.reset()
     u, *parameters = inputs("cpu")
     transformed = {
@@ -313,7 +313,7 @@ def test_leaf_function_compiled_inside_a_transform():
     transformed = grad(lambda u: loss(leaf_cuda.LeafFunction.apply)(u, *trained))
     with pytest.raises(torch._dynamo.exc.Unsupported, match="call leaf_cuda.leaf"):
         torch.compile(transformed, backend="eager", fullgraph=True)(u)
-    with pytest.raises((NotImplementedError, AssertionError)):  # the latter is Dynamo's own, behind the graph break
+    with pytest.raises((NotImplementedError, AssertionError)):  # the latter is Dynamo's own, after the graph break
         torch.compile(transformed, backend="eager")(u)
 
 
@@ -322,7 +322,7 @@ def test_leaf_function_compiled_inside_a_transform():
 
 @pytest.mark.parametrize("make", [leaf_cuda.LEAF, leaf_cuda.AHAF])
 def test_ensemble(device, make):
-    """functional_call with stacked parameters, under vmap: as the networks one by one."""
+    """functional_call with stacked parameters under vmap equals the networks one by one."""
     networks = [
         torch.nn.Sequential(torch.nn.Linear(3, 4), make(size=(4,), init_as="SiLU"), torch.nn.Linear(4, 1)).to(
             device, torch.float64

@@ -55,7 +55,7 @@ def draw_glu(shape, shapes, **options):
 
 
 def evaluate(f, tensors, parameters, g):
-    """y and the gradients of the tensors and the parameters that are there."""
+    """y, and the gradients of the tensors and parameters that are not None."""
     leaves = [t if t is None else t.detach().requires_grad_() for t in (*tensors, *parameters)]
     y = f(*leaves)
     given = [t for t in leaves if t is not None]
@@ -110,7 +110,7 @@ def test_layouts_of_packed(device, of_x, of_g):
 @pytest.mark.parametrize("hidden", [1, 3, 8, 16, 17, 24, 33, 64, 127, 128, 200, 2049, 4097])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_id)
 def test_widths_of_packed(device, hidden, dtype):
-    """Halves that begin at any alignment, per feature and per layer; a slice of more rows and columns too."""
+    """Halves that begin at any alignment, per feature and per layer; also as a slice of a larger matrix."""
     for shapes in [(hidden,)] * 4, [(1,)] * 4:
         a, b, parameters, g = draw_glu((9, hidden), shapes, dtype=torch.float64, device=device)
         wide = torch.cat([a, b, a, b], -1).to(dtype)
@@ -185,7 +185,8 @@ def test_no_elements(device, packed):
 @pytest.mark.parametrize("packed", [False, True], ids=["two", "packed"])
 @pytest.mark.parametrize("case", ["layer", "features"])
 def test_memory(device, case, packed):
-    """y forward; the gradients of a and b backward, and partial sums: no copy of a packed tensor's halves."""
+    """Forward allocates y, backward the gradients of a and b, and partial sums: a packed tensor's halves are not
+    copied."""
     shape = (2048, 1024)
     a, b, parameters, g = draw_glu(
         shape, [(1,) if case == "layer" else (1024,)] * 4, dtype=torch.float32, device=device
@@ -265,7 +266,7 @@ def test_transforms(device, transform):
 
 
 def test_backward_of_a_batch_of_gradients():
-    """is_grads_batched: one call of the kernel."""
+    """With is_grads_batched=True, it is one call of the kernel."""
     a, b, parameters, _ = draw_glu((3, 4), [(4,)] * 4)
     leaves = [t.requires_grad_() for t in (a, b, *parameters)]
     g = torch.randn(5, 3, 4, dtype=torch.float64)
@@ -312,7 +313,7 @@ def test_onnx(tmp_path):
 
 
 def test_fallback(remove_kernels):
-    """The formula where there is no kernel."""
+    """Without a kernel, the formula runs."""
     a, b, parameters, g = draw_glu(*CASES["mixed"], dtype=torch.bfloat16, parameter_dtype=torch.float32)
     expected = leaf_glu(a, b, *parameters)
     remove_kernels()
@@ -355,7 +356,7 @@ def test_mlp_takes_llamas_weights(device, size):
 
 
 def test_part_of_a_state_dict():
-    """What is not in it stays as it was trained, LEAF's parameters too, and is listed."""
+    """What is missing in it keeps its trained values, LEAF's parameters too, and is listed."""
     mlp = LeafMLP(8, 24)
     torch.nn.init.constant_(mlp.act_fn.p1, 0.5)
     missing = mlp.load_state_dict({"gate_proj.weight": torch.zeros(24, 8)}, strict=False).missing_keys
@@ -365,7 +366,8 @@ def test_part_of_a_state_dict():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("assign", [False, True])
 def test_mlp_from_the_meta_device(assign, dtype):
-    """LLaMA's weights into a module without any: LEAF's parameters have their initial form, in the weights' arithmetic."""
+    """LLaMA's weights loaded into a module without values: LEAF's parameters then have their initial form, in the
+    weights' arithmetic dtype."""
     state = PlainMLP(8, 24).to(dtype).state_dict()
     mlp = LeafMLP(8, 24, size=(24,), device="meta", dtype=dtype)
     if not assign:
@@ -386,7 +388,7 @@ def test_mlp_beside_another_default_dtype():
 
 
 def test_mlp_state_dict():
-    """A full one loads too; one that has some of LEAF's keys only is refused."""
+    """A complete one also loads; one that has only some of LEAF's keys is refused."""
     trained = LeafMLP(8, 24)
     with torch.no_grad():
         trained.act_fn.p3.fill_(2)
@@ -462,14 +464,14 @@ def test_errors(arguments, error, message):
 
 
 def test_vmap_of_a_packed_scalar():
-    """The batch is not split into a and b."""
+    """The batch dimension is not split into a and b."""
     for shape, f in (((4,), vmap), ((3, 4), lambda f: vmap(vmap(f)))):
         with pytest.raises(ValueError, match="leaf_glu: a has shape .*even"):
             f(lambda a: leaf_glu(a, None, 1, 0, 1, 0))(torch.randn(shape))
 
 
 def test_strides_of_a_packed_line():
-    """As the meta kernel foretells them."""
+    """They are what the meta kernel says."""
     x, one = torch.randn(1, 8), torch.ones(1)
     assert FORWARD(x, None, one, one, one, one).stride() == (4, 1)
 

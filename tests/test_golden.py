@@ -1,7 +1,7 @@
 """The results of the authors' own code, in float64.
 
-golden/ holds the cases named in SMALL, out of the complete set in ../shared/golden beside the repository, which is tested
-too where it exists. `python tests/test_golden.py` makes the small copy anew.
+golden/ holds the cases named in SMALL, a part of the complete set in ../shared/golden beside the repository, which is
+tested, too, if it exists. `python tests/test_golden.py` makes the small copy anew.
 """
 
 import functools
@@ -34,7 +34,7 @@ def index(folder, kind):
 
 
 def load(folder, kind, case):
-    """The arrays of a case, by their names without the case's."""
+    """The arrays of a case, by their names without the case's prefix."""
     with np.load(folder / f"{kind}.npz") as arrays:
         return {k.split(".", 1)[1]: arrays[k] for k in arrays.files if k.startswith(case["name"] + ".")}
 
@@ -47,8 +47,8 @@ PARAMETERS = {"leaf": ["p1", "p2", "p3", "p4"], "ahaf": ["beta", "gamma"]}
 
 
 def assert_equals_golden(arrays, y, u, parameters):
-    """To 1e-12 of the largest magnitude in each array; not of each element, because the authors' autograd takes
-    1 − σ by cancellation."""
+    """Compares to 1e-12 of the largest magnitude in each array, not of each element: the authors' autograd computes 1 −
+    σ with cancellation."""
     results = {"y": y, "grad_u": u.grad, **{f"grad_{k}": p.grad for k, p in parameters.items()}}
     for name, result in results.items():
         expected = torch.from_numpy(arrays[name])
@@ -85,7 +85,7 @@ def test_module(device, folder, case):
     assert_equals_golden(arrays, y.detach(), u, dict(module.named_parameters()))
 
 
-# The authors' settings, and by how much p2 and p4 are slower with "p24_slow".
+# The authors' settings, and the factor by which the rate of p2 and p4 is lower with "p24_slow".
 OPTIMIZERS = {
     "adam": (functools.partial(torch.optim.Adam, lr=1e-3), 1e-3, 1000),
     "rmsprop": (functools.partial(torch.optim.RMSprop, lr=1e-4, alpha=0.9, eps=1e-7), 1e-4, 10),
@@ -94,7 +94,8 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("folder, case", cases("training"))
 def test_training(folder, case):
-    """30 minibatches of scikit-learn's digits, in their order and from anew: every loss, every parameter at the end."""
+    """30 minibatches of scikit-learn's digits, in order and starting over at their end: every loss, and every parameter
+    at the end."""
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     images, labels = torch.from_numpy(digits.data / 16), torch.from_numpy(digits.target)
     arrays = {k: torch.from_numpy(a) for k, a in load(folder, "training", case).items()}
@@ -112,9 +113,9 @@ def test_training(folder, case):
         x, label = images[i : i + size], labels[i : i + size]
         losses.append(tuner.step(lambda x=x, label=label: nn.functional.cross_entropy(model(x), label)))
     torch.testing.assert_close(torch.stack(losses), arrays["losses"], rtol=1e-9, atol=0)
-    # Of each tensor's largest: where a gradient is near 0, Adam's division by its root makes much of a rounding. So does
-    # ReLU's p3 = 2^16 of those of fc1's products, which differ from processor to processor: on one, the plain formula is
-    # 8.9e-9 away too.
+    # Relative to each tensor's largest value: where a gradient is near 0, Adam's division by its root mean square
+    # magnifies rounding errors. So does ReLU's p3 = 2^16 for those of fc1's products, which differ from processor to
+    # processor: on one, the plain formula is 8.9e-9 away, too.
     tolerance = 1e-7 if case["init"] == "ReLU" else 1e-12
     for name, p in model.state_dict().items():
         expected = arrays[f"final.{name}"]

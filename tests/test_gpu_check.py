@@ -1,4 +1,5 @@
-"""How `make gpu-check` runs its steps: what failed, what hung and what could not be begun is told, and nothing lives on."""
+"""How `make gpu-check` runs its steps: it reports what failed, hung or could not begin, and leaves no process
+running."""
 
 import importlib.util
 import subprocess
@@ -70,7 +71,7 @@ def test_no_time_left(gpu_check, tmp_path, monkeypatch):
 
 
 def test_without_a_gpu():
-    """It says so, and its exit code is its own."""
+    """It says so, and exits with a code for that alone."""
     done = subprocess.run([sys.executable, str(FILE)], capture_output=True, text=True, env={"PATH": "/nowhere"})
     assert done.returncode == 3 and done.stdout == (
         "gpu-check: no NVIDIA GPU here (nvidia-smi lists none); nothing was run\n"

@@ -9,8 +9,8 @@ import leaf_cuda
 
 
 def inputs(shape, shapes, device, form=None):
-    """u, and the parameters that are there, requiring gradients. |u| ≥ 0.2: the step of the ReLU form, 2^-16 wide around
-    0, is narrower than a finite difference."""
+    """u, and the parameters that are not None, requiring gradients. |u| ≥ 0.2: the step of the ReLU form, 2^-16 wide
+    around 0, is narrower than a finite difference."""
     u = torch.rand(shape, dtype=torch.float64, device=device) + 0.2
     u = u * torch.where(torch.rand_like(u) < 0.5, -1.0, 1.0)
     values = torch.randn(4).tolist() if form is None else form

@@ -1,5 +1,5 @@
-"""More than 2^31 elements, once for real: 9 GiB of memory on the CPU, 13 on a GPU. (The CUDA planner's arithmetic:
-tests/cpp/kernels_test.cpp.)"""
+"""An actual run with more than 2^31 elements: takes 9 GiB of memory on the CPU, 13 on a GPU. (The CUDA planner's
+arithmetic is tested in tests/cpp/kernels_test.cpp.)"""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""One kernel in forward, two at most in backward, and nothing beside: parameters are read, and their gradients written,
-where they lie."""
+"""Forward is one kernel, backward at most two, and there is nothing else: parameters are read, and their gradients
+written, where they lie."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ from cases import GRANULARITIES, LAYOUTS, draw
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-#: Those that move no element.
+#: Operations that move no element.
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::expand", "aten::as_strided"}
 
 
 def launches_of(request, device, run):
-    """How many kernels run() launches, None on the CPU; the operations in it."""
+    """The number of kernels that run() launches (None on the CPU), and the PyTorch operations in it."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     counted = request.node.callspec.params["device"] == "emulated"
     before = torch.ops.leaf_cuda_emulated.launches() if counted else 0

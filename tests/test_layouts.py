@@ -10,7 +10,7 @@ import leaf_cuda
 
 
 def strides(t):
-    """Of the dimensions that have more than one element: the others' say nothing of where elements lie."""
+    """The strides of dimensions of more than one element: those of others say nothing about where elements lie."""
     return [s for s, n in zip(t.stride(), t.shape) if n != 1] if t.numel() else None
 
 
@@ -48,7 +48,8 @@ def test_layouts_of_u_and_the_gradient(device, granularity, of_u, of_gradient):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "expanded"])
 @pytest.mark.parametrize("granularity", ["layer", "channel", "element", "no_run", "mixed"])
 def test_gradient_of_a_sum(device, granularity, layout):
-    """y.sum().backward() sends one element with stride 0 in every dimension; a sum over the batch, in the first."""
+    """y.sum().backward() sends one element with stride 0 in every dimension; a sum over the batch has stride 0 in the
+    first."""
     u, parameters, _ = draw(*GRANULARITIES[granularity](3, 5, 4, 6), dtype=torch.float32, device=device)
     u = LAYOUTS[layout](u)
     check(u, parameters, torch.tensor(0.75, device=device).expand(u.shape))
@@ -92,8 +93,8 @@ def test_numbers_of_dimensions(device, dim):
 
 
 def test_random_views(device):
-    """Permuted, sliced, strided, expanded, with dimensions of one element and of none, all against each other: u, the
-    gradient and, of every other draw, the parameters."""
+    """Permuted, sliced, strided and expanded tensors, also with dimensions of one element or none, in all combinations:
+    u, the gradient and, in every other draw, the parameters."""
     draws = random.Random(0)
     for draw_number in range(400):
         dim = draws.randint(1, 5)
@@ -110,7 +111,7 @@ def test_random_views(device):
             return t.expand(sizes)
 
         shapes = [[n if draws.random() < 0.5 else 1 for n in sizes[draws.randint(0, dim) :]] for _ in range(4)]
-        if draws.random() < 0.3:  # of one shape, as a module's
+        if draws.random() < 0.3:  # all of one shape, as in a module
             shapes = shapes[:1] * 4
         plain = [torch.randn(s, dtype=torch.float64, device=device) for s in shapes]
         parameters = plain if draw_number % 2 else [view(s) for s in shapes]
@@ -147,7 +148,7 @@ LENGTHS = [*range(1, 41), 63, 64, 65, 127, 128, 129, 130, 223, 224, 225, 1000]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("rows", [1, 3, 37])
 def test_inner_lengths(device, rows, dtype):
-    """`inner` elements in a run share a parameter."""
+    """Runs of `inner` elements share a parameter."""
     for inner in LENGTHS:
         for channels in (1, 3, 16):
             shape, shapes = (rows, channels, inner), [(channels, 1)] * 4
@@ -158,7 +159,7 @@ def test_inner_lengths(device, rows, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize("rows", [1, 2, 5, 67, 131])
 def test_counts_of_parameters(device, rows, dtype):
-    """`count` parameters, an own one for each element of a row."""
+    """`count` parameters, one for each element of a row."""
     for count in LENGTHS:
         if rows * count <= 20_000:
             check(*draw((rows, count), [(count,)] * 4, dtype=dtype, device=device))

@@ -1,4 +1,4 @@
-"""Threads, processes, memory over time, the end of the interpreter; what else happens to a module in its life."""
+"""Threads, processes, memory over time, interpreter exit, and what else happens to a module in its life."""
 
 import copy
 import gc
@@ -19,14 +19,14 @@ import leaf_cuda
 
 
 def train(module, x):
-    """y, du, and the parameters' gradients, which are not accumulated in the module."""
+    """y, du, and the parameters' gradients, without accumulating them in the module."""
     x = x.clone().requires_grad_()
     y = module(x)
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
 
 
 def test_python_threads(device):
-    """Forward and backward of one module in several threads at a time."""
+    """Forward and backward of one module in several threads at once."""
     module = leaf_cuda.LEAF.per_channel(3, init_as="SiLU").to(device)
     inputs = [torch.randn(4, 3, 20, 20, device=device) for _ in range(8)]
     expected = [train(module, x) for x in inputs]
@@ -37,14 +37,14 @@ def test_python_threads(device):
 
 
 def run_python(code):
-    # Not in the source folder, which is without a build where the package is installed.
+    # Not in the source folder, which has no build if the package is installed.
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent
     )
 
 
 def test_import_is_light():
-    """Of what torch does not import itself, nothing that takes as long as torch."""
+    """It imports nothing that takes as long as torch, and that torch does not import itself."""
     result = run_python(
         "import sys, torch; before = set(sys.modules)\n"
         "import leaf_cuda\n"
@@ -56,7 +56,7 @@ def test_import_is_light():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_fork_after_import():
-    """As DataLoader's workers do it. One thread: PyTorch's own pool of threads does not survive a fork."""
+    """As DataLoader's workers do. With one thread, since PyTorch's own thread pool does not survive a fork."""
     result = run_python(
         "import os, torch, leaf_cuda\n"
         "torch.set_num_threads(1)\n"
@@ -72,7 +72,7 @@ def test_fork_after_import():
 
 
 def test_end_of_the_interpreter():
-    """With a graph alive, in threads too, and nothing said."""
+    """Python exits silently while an autograd graph is alive, also in threads."""
     result = run_python(
         "import threading, torch, leaf_cuda\n"
         "net = leaf_cuda.LEAF(size=(4,))\n"
@@ -84,7 +84,7 @@ def test_end_of_the_interpreter():
 
 
 def test_memory_stays_flat():
-    """In a process of its own: what is read is the peak of its whole life."""
+    """Runs in a process of its own, since what is read is the peak of its whole life."""
     pytest.importorskip("resource")
     result = run_python(
         "import resource, torch, leaf_cuda\n"
@@ -101,7 +101,7 @@ def test_memory_stays_flat():
 
 
 def test_no_reference_is_kept(device):
-    """Once they are gone from here, u, y, the gradient, the parameters and the module are gone."""
+    """Once the caller drops u, y, the gradient, the parameters and the module, they are freed."""
     module = leaf_cuda.LEAF(size=(4,)).to(device)
     u = torch.randn(3, 4, device=device, requires_grad=True)
     y = module(u)
@@ -130,7 +130,7 @@ def test_checkpointing(device, reentrant):
 
 
 def test_one_module_in_two_places(device):
-    """Its gradients are the sums over both."""
+    """Its gradients are the sums over both places."""
     shared = network(leaf_cuda.AHAF(size=(4,), init_as="SiLU")).to(device, torch.float64)
     apart = copy.deepcopy(shared)
     apart[3] = copy.deepcopy(apart[1])
@@ -169,7 +169,7 @@ def test_parametrization(dtype):
 
 
 def test_what_stands_for_a_parameter_comes_first():
-    """A pruned parameter is an attribute of the instance, and those of DataParallel's replicas are."""
+    """Pruned parameters and those of DataParallel's replicas are attributes of the instance."""
     u, p2 = torch.randn(3, 4), torch.tensor([2.0, 0, 0, 2])
     pruned, module = (leaf_cuda.LEAF(size=(4,), init_as=(1, 2, 3, 4)) for _ in range(2))
     prune.custom_from_mask(pruned, "p2", p2 != 0)

@@ -11,8 +11,8 @@ import leaf_cuda
 
 
 def peak(device, run):
-    """The most bytes that were allocated at once during run(), beyond those before. What it returns stays alive."""
-    gc.collect()  # not in between
+    """The most bytes allocated at once during run(), beyond those allocated before. What run() returns stays alive."""
+    gc.collect()  # so that it does not run in between
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -40,7 +40,7 @@ def size(t):
 
 MIB8 = {torch.float32: 2**21, torch.bfloat16: 2**22}
 
-#: Of about 8 MiB: (shape for n elements, shapes of the parameters)
+#: About 8 MiB each: (shape for n elements, shapes of the parameters)
 CASES = {
     "layer": lambda n: ((n // 1024, 1024), [(1,)] * 4),
     "channel": lambda n: ((n // 2**16, 64, 32, 32), [(64, 1, 1)] * 4),
@@ -57,7 +57,7 @@ CASES = {
 
 
 def assert_within(most, u, copies, of_parameters=0):
-    """`copies` of u, the parameters' gradients, and partial sums in an eighth of u or 1 MiB."""
+    """At most `copies` tensors like u, the parameters' gradients, and partial sums in an eighth of u or 1 MiB."""
     bound = copies * size(u) + of_parameters + max(size(u) // 8, 2**20)
     assert most <= bound, f"{most / size(u):.3f} times u, of at most {bound / size(u):.3f}"
 
@@ -117,7 +117,7 @@ def test_gradient_of_a_sum(device, case):
 
 @pytest.mark.parametrize("case", ["layer", "channel", "element"])
 def test_gradient_of_another_layout(device, case):
-    """One copy of g."""
+    """g is copied once."""
     shape, shapes = CASES[case](MIB8[torch.float32])
     u, parameters, of_parameters = make(device, shape, shapes)
     g = LAYOUTS["transposed"](torch.randn(shape, device=device))
@@ -139,6 +139,6 @@ def test_without_du(device):
 
 
 def test_the_measure_sees_what_it_should(device):
-    """Two tensors of u's size and their sum."""
+    """Two tensors of u's size and their sum are seen as such."""
     u = torch.randn(2**20, device=device)
     assert 2 * size(u) <= peak(device, lambda: (u + 1) + (u + 2)) <= 3 * size(u)

@@ -55,7 +55,7 @@ def test_sizes():
 
 
 def test_keys():
-    """Of the authors' checkpoints."""
+    """They are those of the authors' checkpoints."""
     leaf = activation(LEAF)
 
     def keys(*layers):
@@ -72,7 +72,7 @@ def test_keys():
 
 
 def test_shared_activation():
-    """One module in every place, its parameters in the state dict of each."""
+    """One module in every place; the state dict has its parameters under the name of each."""
     shared = LEAF(init_as="SiLU")
     own, fixed = LeNet5(conv=lambda shape: shared, fc=lambda shape: shared), LeNet5(conv=activation(nn.SiLU))
     fixed.act3 = nn.SiLU()

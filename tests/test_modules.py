@@ -170,7 +170,7 @@ def test_parameters_stay_in_float32(kind, conversion, half):
     module = kind(size=(5,))
     with torch.no_grad():
         for p in module.parameters():
-            p.add_(torch.randn_like(p))  # no numbers of float16
+            p.add_(torch.randn_like(p))  # numbers that float16 cannot hold
     for p in module.parameters():
         p.grad = torch.randn_like(p)
     before, gradients = copy.deepcopy(values(module)), [p.grad.clone() for p in module.parameters()]
@@ -279,7 +279,7 @@ def test_half_checkpoints(kind, half, assign):
 
 @KINDS
 def test_values_that_low_precision_has_lost_are_told(kind):
-    """2^16 is infinite in float16, and no more than that is left of it."""
+    """2^16 becomes infinite in float16, and its value is lost."""
     name = {LEAF: "p3", AHAF: "gamma"}[kind]
     model = nn.Sequential(kind())
     with pytest.warns(UserWarning, match=f"^0.{name} is infinite in torch.float16") as told:
@@ -329,7 +329,7 @@ def test_copies(kind, make):
 @KINDS
 @pytest.mark.parametrize("optimizer, rate", [(torch.optim.SGD, 0.5), (torch.optim.Adam, 0.02)])
 def test_training_reduces_the_loss(device, kind, optimizer, rate):
-    """By the activation's parameters alone."""
+    """Training only the activation's parameters."""
     u = torch.randn(256, 8).to(device)
     target = F.silu(1.7 * u)
     module = kind(size=(8,), init_as="SiLU", device=device)

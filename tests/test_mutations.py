@@ -1,4 +1,4 @@
-"""Each planted bug in the CUDA kernels or their planner must fail a C++ test: of what they compute
+"""Each bug planted in the CUDA kernels or their planner must make a C++ test fail: of what they compute
 (tests/cpp/kernels_test.cpp) or of what they move (tests/cpp/traffic_test.cpp)."""
 
 import os
@@ -110,10 +110,10 @@ MUTATIONS = {
 
 COMPILE = ["g++", "-std=c++20", "-O1", "-w", "-Itests/emulation/include", "-Itests/emulation"]
 COMPILE += ["-isystem", str(Path(torch.__file__).parent / "include")]
-TRACE = ["-fsanitize=thread", "-fno-tree-sra"]  # for the test's own file, and not for linking
+TRACE = ["-fsanitize=thread", "-fno-tree-sra"]  # for compiling the test's own file, not for linking
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 EMULATION = ["tests/emulation/cuda_emulation.cpp", "tests/emulation/memory_trace.cpp"]
-# What finds most first, and last the sanitizers, which take long: a test, how it is compiled, how it is linked.
+# (test, flags to compile it, flags to link it): first what finds most bugs, last the sanitizers, which take long.
 TESTS = [
     ("kernels_test", ["-DLEAF_STORAGE=c10::BFloat16", *TRACE], []),
     ("traffic_test", TRACE, []),
@@ -123,7 +123,7 @@ TESTS = [
 
 
 def build_and_run(name, folder):
-    """The C++ tests with the bug in them, until one fails."""
+    """Builds and runs the C++ tests with the bug planted, until one fails. Returns the last run."""
     path, old, new = MUTATIONS[name]
     for part in ("csrc", "tests/cpp", "tests/emulation"):
         shutil.copytree(ROOT / part, folder / part)
@@ -137,7 +137,7 @@ def build_and_run(name, folder):
         link = [*COMPILE, *link_flags, "test.o", *EMULATION, "-o", test]
         for command in (compile_test, link):
             subprocess.run(command, cwd=folder, check=True)
-        # It may wait for a barrier that never comes.
+        # The test may wait for ever at a barrier.
         run = ["timeout", "1200", f"./{test}", "--stop-at-first-failure"]
         result = subprocess.run(run, cwd=folder, capture_output=True, text=True, errors="replace")
         if result.returncode:
@@ -147,7 +147,7 @@ def build_and_run(name, folder):
 
 @pytest.fixture(scope="module")
 def runs(request, tmp_path_factory):
-    """name → its run, to come; as many at a time as there are cores."""
+    """name → the future of its run; as many run at a time as there are cores."""
     names = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {name: pool.submit(build_and_run, name, tmp_path_factory.mktemp("mutation")) for name in names}

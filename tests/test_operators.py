@@ -89,7 +89,7 @@ def test_double_backward_checks_its_arguments(change, error, message):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 @pytest.mark.parametrize("granularity", ["layer", "channel", "element", "features", "no_run", "mixed"])
 def test_masks_of_the_operator(device, granularity, layout):
-    """Only what is asked for comes, bitwise as when all is; layouts with an own du and with none."""
+    """Only the results asked for are returned, bitwise as when all are; also where du's memory holds a copy of u."""
     shape, shapes = GRANULARITIES[granularity](3, 4, 5, 6)
     if len(shape) == 4:
         u, parameters, g = draw(shape, shapes, dtype=torch.float32, device=device)
@@ -124,7 +124,7 @@ def test_subsets_that_require_gradients(device, route, granularity):
 
 @pytest.mark.parametrize("granularity", ["channel", "mixed", "no_p2", "no_p4", "ahaf"])
 def test_backward_asks_for_no_more_than_is_needed(route, granularity):
-    """The mask that arrives at the kernel: du and p3 alone."""
+    """The mask that the kernel gets has only du and dp3."""
     seen = []
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
@@ -162,7 +162,7 @@ def under(context):
     return call
 
 
-#: f and u → a call of f, as the short way to the operator may take it.
+#: f, u → calls f(u) in such a way that the short way to the operator may be taken.
 PLAIN = {
     "tensor": lambda f, u: f(u),
     "parameter": lambda f, u: f(torch.nn.Parameter(u)),
@@ -172,7 +172,7 @@ PLAIN = {
     "dual_level": under(torch.autograd.forward_ad.dual_level),
     "meta": lambda f, u: f(u.to("meta")),
 }
-#: The same, as torch.ops must.
+#: The same, but so that the call must go through torch.ops.
 OTHERS = {
     "subclass": lambda f, u: f(u.as_subclass(Subclass)),
     "function mode": under(torch.overrides.BaseTorchFunctionMode),
@@ -191,7 +191,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("way", [*PLAIN, *OTHERS])
 def test_short_way_to_the_operator(way):
-    """Without torch.ops, and only where nothing would have been told of the call."""
+    """It bypasses torch.ops, and is taken only if no subclass, mode, transform or tracer would have seen the call."""
     taken = []
 
     def f(u):
@@ -242,7 +242,7 @@ def test_saves_only_u_and_the_parameters(device, route, granularity):
 
 
 def test_changes_in_place(device, route):
-    """y is not saved, so it may be changed; u is, so that backward raises."""
+    """y is not saved, so it may be changed in place; u is saved, so backward raises if it was changed."""
     u, parameters, g = draw((3, 4), [(4,)] * 4, device=device)
     expected = evaluate(route, u, parameters, g)
     arguments = required([u, *parameters], [True] * 5)
@@ -289,7 +289,7 @@ def test_without_gradients(device):
     "granularity, backend", [("channel", "inductor"), ("channel", "aot_eager"), ("no_p2", "aot_eager")]
 )
 def test_compile(granularity, backend):
-    """No graph break, and the same numbers: in a model, with gradients, for a second shape too."""
+    """No graph break, and the same numbers: in a model, with gradients, and for a second shape."""
     torch._dynamo.reset()
     _, parameters, _ = draw(*GRANULARITIES[granularity](2, 3, 4, 5), dtype=torch.float32)
 
@@ -309,7 +309,7 @@ def test_compile(granularity, backend):
 
 @pytest.mark.parametrize("dynamic", [True, False, None])
 def test_compile_once(dynamic):
-    """Each call of the same shape runs what the first one compiled; with dynamic shapes other shapes do too."""
+    """Calls of the same shape run what the first call compiled; with dynamic shapes, so do calls of other shapes."""
     torch._dynamo.reset()
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     module = leaf_cuda.LEAF.per_channel(3, init_as="SiLU")
@@ -331,7 +331,7 @@ def test_compile_once(dynamic):
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "strided"])
 def test_compile_keeps_strides(layout, backend):
-    """y and du lie as in eager."""
+    """y and du have the same strides as in eager mode."""
     torch._dynamo.reset()
     u, parameters, g = draw(*GRANULARITIES["channel"](2, 3, 4, 5), dtype=torch.float32)
     u, g = LAYOUTS[layout](u), LAYOUTS[layout](g)
@@ -364,7 +364,7 @@ def cuda_graph_case(granularity):
 @pytest.mark.cuda
 @pytest.mark.parametrize("granularity", ["layer", "channel", "features"])
 def test_cuda_graph(granularity):
-    """Forward and backward, captured once and replayed on other numbers."""
+    """Forward and backward, captured once and replayed with other numbers."""
     u, parameters, g = cuda_graph_case(granularity)
     u.requires_grad_()
 
@@ -410,7 +410,7 @@ def test_build_info():
     info = leaf_cuda.build_info()
     built = {"version", "torch", "compiler", "openmp", "cuda", "cuda_architectures"}
     assert info.keys() == built | {"cpu_instruction_set"}
-    assert info["openmp"] == info["compiler"].startswith("GCC")  # else one thread, in silence
+    assert info["openmp"] == info["compiler"].startswith("GCC")  # else the kernels would silently run on one thread
     assert info["version"] == leaf_cuda.__version__
     assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
     assert info["cpu_instruction_set"] in ("DEFAULT", "AVX2", "AVX512")
@@ -422,7 +422,7 @@ def test_build_info():
 )
 @pytest.mark.parametrize("capability, expected", [("default", "DEFAULT"), ("avx2", "AVX2")])
 def test_other_instruction_sets(capability, expected, file):
-    """The loops for older processors, chosen by ATEN_CPU_CAPABILITY, pass the tests of numbers too."""
+    """The loops for older processors, chosen by ATEN_CPU_CAPABILITY, pass the numerical tests, too."""
     if leaf_cuda.build_info()["cpu_instruction_set"] == "DEFAULT":
         pytest.skip("this processor has one instruction set only")
     program = f"""
@@ -430,7 +430,7 @@ import leaf_cuda, pytest, sys
 assert leaf_cuda.build_info()["cpu_instruction_set"] == {expected!r}
 sys.exit(pytest.main(["-q", "-x", "-m", "not slow and not emulated and not cuda", "test_{file}.py"]))
 """
-    # From the tests' folder: the root has leaf_cuda's source, without a build.
+    # Run in the tests' folder: the root has leaf_cuda's source, which has no build.
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": ":".join(p for p in sys.path if p)}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, cwd=Path(__file__).parent, capture_output=True, text=True
@@ -439,7 +439,7 @@ sys.exit(pytest.main(["-q", "-x", "-m", "not slow and not emulated and not cuda"
 
 
 def test_compile_of_an_unknown_size():
-    """One that a parameter has too: whether they are one is seen at the call."""
+    """An unbacked size of u that must equal one of a parameter: whether it does is checked at the call."""
     torch._dynamo.reset()
     compiled = torch.compile(leaf_cuda.leaf, fullgraph=True, backend="aot_eager")
     for channels in (4, 7):
@@ -458,7 +458,7 @@ def no_cpu_kernel(remove_kernels):
 
 
 def test_fallback(no_cpu_kernel):
-    """The formula, right in every dtype, with one warning in a process."""
+    """The formula runs, correct in every dtype, with one warning per process."""
     assert leaf_cuda.backend_for(torch.empty(0)) == "composite"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -476,7 +476,7 @@ def test_fallback(no_cpu_kernel):
     assert [w.category for w in caught] == [leaf_cuda.FallbackWarning]
     message = str(caught[0].message)
     assert "'cpu'" in message and "formula" in message
-    assert caught[0].filename == __file__.replace("test_operators", "cases")  # who called leaf
+    assert caught[0].filename == __file__.replace("test_operators", "cases")  # the file that called leaf
 
 
 @pytest.mark.parametrize(

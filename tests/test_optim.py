@@ -28,7 +28,7 @@ def loss_of(model, scale=1.0):
 
 
 def sgd(model, cls=torch.optim.SGD, **kwargs):
-    """The two optimizers."""
+    """The tuner's two optimizers."""
     weights, *activations = leaf_param_groups(model, lr=0.1)
     return cls(activations, **kwargs), cls([weights], **kwargs)
 
@@ -93,7 +93,7 @@ def test_groups():
 
 
 def test_decay_is_the_optimizers_own():
-    """Where none is given: of the weights, and never of the activations."""
+    """Without weight_decay, the weights get the optimizer's own decay, and the activations still get none."""
     weights, *activations = torch.optim.AdamW(leaf_param_groups(network(), 0.5, 0.1), weight_decay=0.05).param_groups
     assert weights["weight_decay"] == 0.05 and [g["weight_decay"] for g in activations] == [0, 0]
     weights, *_ = torch.optim.AdamW(leaf_param_groups(network(), 0.5, weight_decay=0.0), weight_decay=0.05).param_groups
@@ -101,7 +101,7 @@ def test_decay_is_the_optimizers_own():
 
 
 def test_groups_of_tensor_rates():
-    """A scheduler, which changes a tensor in place, changes each group once."""
+    """A scheduler changes a tensor rate in place; it must change each group's only once."""
     lr, p24_lr = torch.tensor(0.5), torch.tensor(0.25)
     optimizer = torch.optim.SGD(leaf_param_groups(network(), lr, p24_lr))
     other = torch.optim.SGD(leaf_param_groups(network(), lr, p24_lr))
@@ -114,7 +114,7 @@ def test_groups_of_tensor_rates():
 
 
 def test_groups_in_an_optimizer():
-    """One step of plain SGD by each group's own rate and decay."""
+    """One step of plain SGD uses each group's own rate and decay."""
     model = network()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD(leaf_param_groups(model, lr=0.5, p24_lr=0.0, weight_decay=0.01))
@@ -144,7 +144,8 @@ def test_nothing_to_split():
 
 
 def test_two_stages():
-    """By hand: the activation parameters by the gradients at the start, the weights by those after that step."""
+    """As by hand: the activation parameters step by the gradients at the start, the weights by those after that
+    step."""
     model, own = network(torch.float64), network(torch.float64)
     result = DoubleStageTuner(*sgd(model)).step(loss_of(model))
     activations, weights = split_activation_parameters(own)
@@ -159,7 +160,7 @@ def test_two_stages():
 
 
 def test_single_pass():
-    """What one optimizer does with both."""
+    """It does what a single optimizer of all parameters does."""
     model, own = network(torch.float64), network(torch.float64)
     result = DoubleStageTuner(*sgd(model), single_pass=True).step(loss_of(model))
     loss = loss_of(own)()
@@ -282,7 +283,7 @@ def test_zero_grad_that_keeps_tensors():
 
 
 def test_autocast():
-    """Around the step and inside of the closure: the same. A second step takes the new weights."""
+    """Autocast around the step equals autocast inside the closure. Later steps use the new weights."""
     models = [network(), network()]
     inside, around = (DoubleStageTuner(*sgd(m)) for m in models)
 
@@ -331,7 +332,7 @@ def test_compiled_closure():
 
 
 def test_deterministic_in_training():
-    """Loss falls; twice the same, bit for bit."""
+    """The loss falls, and a second training gives the same, bit for bit."""
     losses = []
     for _ in range(2):
         model = network()
@@ -356,7 +357,7 @@ def test_closures_that_are_none(closure, error, message):
 
 @pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu")])
 def test_loss_of_another_parameter(scaler):
-    """One that requires a gradient, and is in neither optimizer."""
+    """The other parameter requires a gradient, but is in neither optimizer."""
     other = torch.ones((), requires_grad=True)
     with pytest.raises(RuntimeError, match="depends on no parameter, of activation_optimizer, that"):
         DoubleStageTuner(*sgd(network()), scaler=scaler).step(lambda: other * 2)

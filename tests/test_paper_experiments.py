@@ -1,4 +1,4 @@
-"""examples/paper_experiments.py: its runs, what an interruption leaves, what it writes and says."""
+"""examples/paper_experiments.py: its runs, interruptions, what it writes and prints."""
 
 import csv
 import importlib.util
@@ -28,7 +28,7 @@ spec.loader.exec_module(paper)
 
 @pytest.fixture(scope="module", autouse=True)
 def few_digits():
-    """What runs in this process, not in one of its own, trains with a part of the data."""
+    """Runs in this process (not those in processes of their own) train with a part of the data."""
     data = paper.digits()
     few = paper.Data(tuple(t[:301] for t in data.train), tuple(t[:101] for t in data.test), data.flip)
     with pytest.MonkeyPatch.context() as patch:
@@ -50,7 +50,7 @@ def run_program(output, *options, epochs=2):
 
 
 def results(folder):
-    """What the runs in the folder came to, but the time they took: file → content."""
+    """The results of the runs in the folder, without the time they took: file → content."""
     checkpoints = {}
     for path in sorted(folder.glob("*.pt")):
         state = torch.load(path, weights_only=True)
@@ -93,15 +93,15 @@ class Killed(BaseException):
 
 
 def test_resume(tmp_path, uninterrupted, monkeypatch):
-    """Killed before, amid and behind each write of a file, and within an epoch, and started again, it ends the same and
-    repeats no epoch but the one under way."""
+    """A run that is killed before, during and after each write of a file, and within epochs, and started again each
+    time, has the same results, and repeats only the epochs that were interrupted."""
     replace, fsync, step = os.replace, os.fsync, paper.DoubleStageTuner.step
     epochs = []
     original = paper.Training.epoch
     monkeypatch.setattr(paper.Training, "epoch", lambda self, bar: (original(self, bar), epochs.append(self.run)))
 
     def killed(countdown):
-        """Runs until the countdown-th of the moments at which this can be killed; whether there are that many."""
+        """Runs until the countdown-th moment at which this can kill it; returns whether there was such a moment."""
         moments = itertools.count(1)
 
         def moment():
@@ -133,7 +133,7 @@ def test_resume(tmp_path, uninterrupted, monkeypatch):
             except Killed:
                 return True
 
-    # Each start is killed one moment later than the last, so all of the first epochs' moments are hit.
+    # Each start is killed one moment later than the one before, so that all moments of the first epochs are hit.
     for countdown in itertools.count(1):
         if not killed(countdown):
             break
@@ -147,8 +147,8 @@ def test_resume(tmp_path, uninterrupted, monkeypatch):
 
 @pytest.mark.slow
 def test_kill_at_random(tmp_path):
-    """The same with SIGKILL, and a new process for each start, which gets one epoch further and is killed in the time
-    that the next one takes."""
+    """The same with SIGKILL and a new process for each start, which completes one epoch and is killed at a random
+    moment of the next."""
     options = (*OPTIONS, "--epochs", "2", "--output")
     assert start_program(*options, tmp_path / "whole").wait() == 0
     epochs = [
@@ -193,7 +193,7 @@ def test_seed(tmp_path, uninterrupted):
 
 
 def test_batches(tmp_path, monkeypatch):
-    """Each epoch has every image once, in another order and moved in another way, and another dropout."""
+    """Each epoch has every image once, in a new order and moved anew, and draws new dropout."""
     batches, draws = [], []
     augment = paper.augment
 
@@ -213,7 +213,8 @@ def test_batches(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_processes(tmp_path):
-    """Two processes share each batch and come to what one does, but for rounding; 1,437 images leave an odd last batch."""
+    """Two processes share each batch, and get one process's results up to rounding; 1,437 images leave an odd last
+    batch."""
     options = ["--procedure", "standard", "double-stage", "--optimizer", "rmsprop", "--batch", "205", "--epochs", "2"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     assert start_program(*options, "--output", tmp_path / "two", launcher=torchrun).wait(300) == 0
@@ -232,7 +233,7 @@ def test_processes(tmp_path):
 
 
 def test_results(tmp_path, capsys):
-    """The table, the CSV files and the figures of a grid, whose runs that are the same are one."""
+    """The table, the CSV files and the figures of a grid; equal runs in it are done once."""
     run_program(
         tmp_path,
         *("--activation", "fixed", "AHAF", "LEAF", "--form", "SiLU", "Tanh", "--granularity", "layer"),
@@ -278,7 +279,7 @@ def test_quick(tmp_path):
 
 
 def test_parts_and_procedures():
-    """Where LEAF is, and which parameters are trained at which rate, in one step or two."""
+    """Where LEAF is in the network, and which parameters are trained at which rate, in one stage or two."""
     data = paper.digits()
     run = paper.Run("digits", "LeNet5", "LEAF", "Tanh", "channel", "conv", "double-stage-slow", "adam", 128, 0)
     training = paper.Training(run, data, paper.Processes(torch.device("cpu")))
@@ -316,7 +317,7 @@ def test_digits():
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_augment(flip):
-    """Each image is the original, moved and mirrored in one of the ways there are, and all ways occur."""
+    """Each image is the original, moved and mirrored in one of the possible ways, and all of them occur."""
     images = torch.rand(1, 2, 20, 15).expand(600, 2, 20, 15)
     result = paper.augment(images, flip, torch.Generator().manual_seed(0))
     ways = {}
@@ -340,7 +341,8 @@ def fake_torchvision(monkeypatch, dataset):
 
 
 class Bundled:
-    """As torchvision keeps it: CIFAR-10 as a NumPy array (N, H, W, C) and a list, Fashion-MNIST as tensors (N, H, W)."""
+    """Data as torchvision has them: CIFAR-10 as a NumPy array (N, H, W, C) and a list, Fashion-MNIST as tensors (N, H,
+    W)."""
 
     def __init__(self, root, train, download):
         n = 40 if train else 20
@@ -366,7 +368,7 @@ def test_torchvision(monkeypatch, tmp_path):
 
 
 def test_data_errors(monkeypatch, tmp_path):
-    """What is missing, and the command that brings it."""
+    """The message names what is missing, and the command that fetches it."""
     read = paper.DATA["cifar10"]
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(SystemExit, match="cifar10 takes the torchvision for torch .*: pip install torchvision"):

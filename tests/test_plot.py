@@ -59,7 +59,7 @@ def drawn_reference(reference):
 
 
 def test_reference_of_a_module():
-    """In the dtype of its parameters, which are trained."""
+    """It is computed in the dtype of the module's parameters, which require gradients."""
     u = torch.linspace(-4, 4, 401, dtype=torch.float64)
     for dtype in (torch.float32, torch.float64):
         y, label = drawn_reference(LEAF(init_as="SiLU", dtype=dtype))
@@ -81,7 +81,7 @@ def test_names_are_shown_as_they_are(name):
 
 
 def test_many_sets_of_parameters():
-    """More than float32 can count."""
+    """More sets than float32 can count."""
     layer = LEAF(init_as="SiLU")
     count = 2**24 + 4
     for name, p in layer.named_parameters():

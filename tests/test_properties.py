@@ -1,4 +1,4 @@
-"""Any shape, layout, dtypes, parameter shapes and set of wanted gradients, drawn by hypothesis: the truth, to rounding."""
+"""The truth up to rounding, for shapes, layouts, dtypes, parameter shapes and wanted gradients drawn by hypothesis."""
 
 import pytest
 import torch
@@ -12,14 +12,14 @@ st = hypothesis.strategies
 SETTINGS = hypothesis.settings(
     max_examples=300,
     deadline=None,
-    derandomize=True,  # the same examples on every run: a failure stays one
+    derandomize=True,  # the same examples on every run: a failure is reproducible
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 
 
 @st.composite
 def tensors(draw, shape, dtype):
-    """A tensor of a shape in any layout: permuted in memory, with gaps, offset, expanded."""
+    """A tensor of the given shape in any layout: permuted in memory, with gaps, offset, expanded."""
     order = draw(st.permutations(range(len(shape))))
     steps = [draw(st.sampled_from([1, 1, 1, 2, 3])) for _ in shape]
     expanded = [draw(st.sampled_from([False, False, False, True])) for _ in shape]

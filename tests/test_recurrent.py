@@ -1,4 +1,4 @@
-"""LeafLSTM, LeafGRU and their cells: torch's own at the start, the formula with any parameters."""
+"""LeafLSTM, LeafGRU and their cells: they equal torch's own at the start, and the formula with any parameters."""
 
 import copy
 import os
@@ -45,7 +45,7 @@ def as_tuple(x):
 
 
 def randomised(module, scale=0.3):
-    """With LEAF's parameters off their initial form."""
+    """The module with LEAF's parameters moved away from their initial form."""
     with torch.no_grad():
         for leaf in module.modules():
             if isinstance(leaf, CellLEAF):
@@ -72,7 +72,7 @@ def step(kind, x, states, w_ih, w_hh, b_ih, b_hh, parameters):
 
 
 def formula(kind, x, states, *rest, batch_sizes=None, reverse=False):
-    """output and the last states; x (steps, batch, features), or with batch_sizes rows."""
+    """output and the last states; x is (steps, batch, features) or, with batch_sizes, (rows, features)."""
     *weights, p1, p2, p3, p4 = rest
     steps = list(x) if batch_sizes is None else x.split(batch_sizes.tolist())
     outputs = [None] * len(steps)
@@ -92,7 +92,7 @@ def fused(kind, x, states, *rest, batch_sizes=None, reverse=False):
 def draw(
     kind, steps, batch, hidden, features=4, per_unit=True, dtype=torch.float64, parameter_dtype=None, device="cpu"
 ):
-    """x, states, and the weights, biases and parameters: for many steps, such as let the states stay in bounds."""
+    """x, states, and [weights, biases, parameters]; for many steps, parameters with which the states stay bounded."""
     gates = {"LSTM": 4, "GRU": 3}[kind]
 
     def normal(*shape, scale=1.0):
@@ -200,7 +200,7 @@ def test_cells_begin_as_torchs(device, kind, bias):
 
 
 def test_dropout(device):
-    """Between the layers, in training alone: torch's."""
+    """Between the layers and only in training, as in torch."""
     fixed, learned = (C(5, 7, num_layers=3, dropout=0.5, **float64).to(device) for C in (nn.LSTM, LeafLSTM))
     learned.load_state_dict(fixed.state_dict())
     x = torch.randn(4, 3, 5, **float64, device=device)
@@ -242,8 +242,8 @@ def test_packed(device, kind, sizes, reverse):
 @pytest.mark.parametrize("sizes", [[6] * 7, [6, 6, 5, 3, 3, 1]], ids=["unpacked", "packed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_products(device, kind, sizes, dtype, tolerance, onednn):
-    """All gradients, against float64 from the same numbers: in float32 the products go by oneDNN. Errors are those of each
-    product and of the states that it makes, relative to the largest number of a tensor."""
+    """All results and gradients against float64 from the same numbers; in float32, oneDNN computes the products, if
+    enabled. Errors are those of the products and the states, relative to a tensor's largest number."""
     x, states, rest = draw(kind, sum(sizes), 1, 40, features=24, dtype=dtype, device=device)
     _, states, _ = draw(kind, 1, sizes[0], 40, dtype=dtype, device=device)
     rest = [*rest[:4], *(0.3 * (p - c) + c for p, c in zip(rest[4:], (0, 1, 1, 0)))]
@@ -257,7 +257,7 @@ def test_products(device, kind, sizes, dtype, tolerance, onednn):
 
 @pytest.mark.parametrize("used", ["output", "h_n", "c_n"])
 def test_of_one_result(device, used):
-    """The gradients of the others are not there."""
+    """Only one of the results is used, so the others have no gradient."""
     x, states, rest = draw("LSTM", 3, 4, 5, device=device)
     k = ["output", "h_n", "c_n"].index(used)
     leaves = [t.detach().requires_grad_() for t in (x, *states, *rest)]
@@ -305,7 +305,8 @@ def test_layouts(device, kind):
 @pytest.mark.parametrize("mkldnn", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_biases_of_any_stride(kind, mkldnn):
-    """In float32, where oneDNN ignores strides; one of the two biases at a time, as it is taken as it lies."""
+    """In float32, since oneDNN ignores strides. Only one of the two biases is given at a time: a single one is taken as
+    it lies."""
     x, states, rest = draw(kind, 4, 3, 5, dtype=torch.float32)
     n = len(rest[2])
     biases = {"step": torch.randn(2 * n)[::2], "column": torch.randn(n, 3)[:, 1], "expanded": torch.randn(1).expand(n)}
@@ -319,7 +320,7 @@ def test_biases_of_any_stride(kind, mkldnn):
 
 
 def pointwise(kind, batch, hidden, dtype, parameter_dtype, device):
-    """A single step of pre-activations that no product rounds: x by the identity, h by zeros."""
+    """A single step whose pre-activations no product rounds: x's weights are the identity, h's are zeros."""
     gates = {"LSTM": 4, "GRU": 3}[kind]
     x, states, rest = draw(kind, 1, batch, hidden, gates * hidden, True, dtype, parameter_dtype, device)
     rest[0], rest[1] = torch.eye(gates * hidden, device=device, dtype=dtype), torch.zeros_like(rest[1])
@@ -334,19 +335,20 @@ def pointwise(kind, batch, hidden, dtype, parameter_dtype, device):
 @pytest.mark.parametrize("dtype, parameter_dtype", DTYPE_PAIRS[1:], ids=dtype_id)
 @pytest.mark.parametrize("kind", KINDS)
 def test_promise_3(device, kind, dtype, parameter_dtype):
-    """Of what the fused passes compute: output, c, the gradients of pre-activations, c and LEAF's parameters."""
+    """Promise 3 for what the fused passes compute: output, c, and the gradients of pre-activations, c and LEAF's
+    parameters."""
     pools = {}
     for _ in range(32):
         x, states, rest = pointwise(kind, 24, 9, dtype, parameter_dtype, device)
         grads = [torch.randn(s, device=device).to(dtype) for s in [(1, 24, 9)] + [(24, 9)] * len(states)]
-        grads[1] = torch.zeros_like(grads[1])  # h' would have a sum of two gradients, rounded
+        grads[1] = torch.zeros_like(grads[1])  # else h' would get the rounded sum of two gradients
         ours = evaluate(fused, kind, x, states, rest, grads)
         low = [t.to(dtype) for t in rest]
         theirs = evaluate(formula, kind, x, states, low, grads)
         double = [t.double() for t in rest]
         true = evaluate(formula, kind, x.double(), [s.double() for s in states], double, [g.double() for g in grads])
         n = len(states)
-        # What has no rounding but the pass's: results, dx, dc, and dp1 ... dp4.
+        # Only the pass rounds these: results, dx, dc, and dp1 ... dp4.
         for k in [*range(1 + n), 1 + n, *([3 + n] if n == 2 else []), *range(-4, 0)]:
             pools.setdefault(k, Pool()).add(ours[k], theirs[k], true[k])
     for k, pool in pools.items():
@@ -369,7 +371,7 @@ def test_threads_and_runs(set_threads, kind, batch, hidden):
 
 
 def test_many_steps_of_sums(device):
-    """More steps than partial sums are kept of."""
+    """More steps than there is room for partial sums."""
     x, states, rest = draw("LSTM", 200, 3, 4, device=device)
     assert_same(evaluate(fused, "LSTM", x, states, rest), evaluate(formula, "LSTM", x, states, rest), tolerance=1e-9)
 
@@ -425,7 +427,7 @@ def test_gradcheck(device, kind, sizes):
 
 
 def test_one_tensor_as_two(device):
-    """Each stands for itself in gradients of gradients, too."""
+    """One tensor as h and as c: both uses count, in gradients of gradients too."""
     x, states, rest = draw("LSTM", 2, 3, 2, features=2, device=device)
     s = states[0].requires_grad_()
     for f in (fused, formula):
@@ -465,7 +467,7 @@ def test_tangents(device, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_leaves_the_operator_alone(kind):
-    """Also where it runs as PyTorch operations."""
+    """Also if it runs as PyTorch operations."""
     x, states, rest = draw(kind, 3, 2, 4, dtype=torch.float32)
     v = torch.randn_like(x)
 
@@ -474,7 +476,7 @@ def test_autocast_leaves_the_operator_alone(kind):
         (d,) = torch.autograd.grad(fused(kind, leaf, states, *rest)[0].sin().sum(), leaf, create_graph=True)
         with forward_ad.dual_level():
             tangent = forward_ad.unpack_dual(fused(kind, forward_ad.make_dual(x, v), states, *rest)[0]).tangent
-        with torch.autocast("cpu", enabled=False):  # which autograd's own products are subject to
+        with torch.autocast("cpu", enabled=False):  # autograd's own products would be autocast
             return [tangent, d.detach(), *torch.autograd.grad(d.square().sum(), leaf)]
 
     expected = second_order()
@@ -551,7 +553,7 @@ def test_onnx(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_features(kind):
-    """As torch's: the state goes on by itself."""
+    """As in torch, only the state determines the next one."""
     module = CELLS[kind][0](0, 4, **float64)
     state = as_tuple(module(torch.randn(2, 0, **float64)))[0]
     (d,) = torch.autograd.grad(state.sum(), module.weight_hh, create_graph=True)
@@ -605,7 +607,7 @@ def test_autocast_and_half(device, kind, half):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_dicts(kind, tmp_path):
-    """A full one loads too, one with some of LEAF's keys only is refused, and copies are whole."""
+    """A complete one also loads, one with only some of LEAF's keys is refused, and copies are complete."""
     trained = randomised(LAYERS[kind][0](5, 7, num_layers=2, bidirectional=True, per_unit=True))
     x = torch.randn(4, 3, 5)
     model = nn.Sequential(LAYERS[kind][0](5, 7, num_layers=2, bidirectional=True, per_unit=True))
@@ -624,7 +626,7 @@ def test_state_dicts(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_dicts_of_changed_layers(kind):
-    """Parametrized, pruned, and with other children."""
+    """Parametrized and pruned layers, and a subclass with other children."""
 
     class Own(LAYERS[kind][0]):
         def __init__(self, *args):
@@ -650,7 +652,7 @@ def test_state_dicts_of_changed_layers(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_part_of_a_state_dict(kind):
-    """What is not in it stays as it was trained, LEAF's parameters too, and is listed."""
+    """What is missing in it keeps its trained values, LEAF's parameters too, and is listed."""
     module = LAYERS[kind][0](5, 7)
     for p in module.leaf_l0.parameters():
         nn.init.constant_(p, 0.5)
@@ -674,7 +676,7 @@ def test_from_the_meta_device(kind, assign):
 
 
 def test_training_and_optim(device):
-    """A task that needs the state; LEAF's parameters are where optim and plot look for them."""
+    """A task that needs the state; optim and plot find LEAF's parameters."""
     torch.manual_seed(1)
     model = nn.ModuleDict({"rnn": LeafLSTM(2, 12, per_unit=True), "head": nn.Linear(12, 1)}).to(device)
     activations, weights = leaf_cuda.optim.split_activation_parameters(model)
@@ -708,7 +710,7 @@ def test_example():
         pytest.importorskip(needed)
     program = Path(__file__).parents[1] / "examples" / "sequence_classification.py"
     options = ["--epochs", "4", "--seed", "0", "--kind", "GRU", "--lr", "0.01"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # small operations: threads would wait for one another
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # the operations are small: threads would wait for one another
     run = subprocess.run(
         [sys.executable, program, *options], env=environment, capture_output=True, text=True, check=True
     )
@@ -785,7 +787,7 @@ def test_errors_of_cells(kind):
 
 
 def changed(name, tensor):
-    """The operator's arguments, one of them another."""
+    """The operator's arguments, with one of them replaced."""
     x, (h, c), rest = draw("LSTM", 3, 4, 5)
     names = ["x", "h", "c", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "p1", "p2", "p3", "p4", "batch_sizes"]
     given = dict(zip(names, [x, h, c, *rest, None]))
@@ -840,7 +842,7 @@ def test_the_backward_operator_has_no_gradient():
 
 
 def test_pack_padded(device):
-    """As a user packs: the padding has no part in the result."""
+    """Packed as users do: the padding does not affect the result."""
     module = randomised(LeafGRU(3, 4, bidirectional=True, batch_first=True).to(device))
     x, lengths = torch.randn(3, 6, 3, device=device), [6, 2, 4]
     packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)

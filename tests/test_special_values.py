@@ -1,9 +1,9 @@
-"""Promise 5: NaN and infinite where the formulas of docs/design.md are.
+"""Promise 5: results are NaN or infinite where the formulas of docs/design.md are.
 
-The rule, for each number of y and each element's share of a gradient. Evaluate the formula in the arithmetic dtype,
-operation by operation from left to right, and round the result to its own dtype: ours is NaN, +inf, -inf or finite as
-that is. Only where an intermediate of this evaluation is infinite and would not be in a wider range (an overflow), ours
-may instead be what the formula gives in that range.
+The rule, for each number of y and each element's share of a gradient: evaluate the formula in the arithmetic dtype,
+operation by operation from left to right, and round the result to its own dtype. Ours must be NaN, +inf, -inf or finite
+as that is. Only if an intermediate of this evaluation is infinite, but would not be so in a wider range (an overflow),
+ours may instead be what the formula gives in that range.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 def formulas(u, g, p1, p2, p3, p4, sigmoid, exp):
-    """The results' formulas as (result, its intermediates), for tensors and for NumPy's arrays."""
+    """{name of a result: (result, its intermediates)} by the formulas, for tensors and for NumPy arrays."""
     z = p3 * u
     s, s_bar = sigmoid(z), sigmoid(-z)
     inside = [z, exp(z), exp(-z)]
@@ -47,7 +47,7 @@ def in_arithmetic(arguments, dtype):
 
 
 def in_wide_range(arguments, dtype):
-    """The same with room for every intermediate: float64, and for float64 the x87's extended precision."""
+    """The same in a range that holds every intermediate: float64, and for float64 the x87's extended precision."""
     if dtype != torch.float64:
         return formulas(*(t.double() for t in arguments), torch.sigmoid, torch.exp)
     wide = [t.numpy().astype(np.longdouble) for t in arguments]
@@ -56,7 +56,7 @@ def in_wide_range(arguments, dtype):
 
 
 def rounded(x, dtype, through):
-    """As a tensor of dtype; of an array by way of float64."""
+    """x as a tensor of dtype; an array is converted to float64 first."""
     if not isinstance(x, torch.Tensor):
         with np.errstate(over="ignore"):
             x = torch.from_numpy(np.asarray(x).astype(np.float64))
@@ -93,7 +93,8 @@ def assert_special_values(results, arguments, dtype, parameter_dtype, repeats=1)
 
 
 def values(dtype):
-    """±0, ordinary numbers, one whose square overflows, infinities, the smallest numbers, NaN, of all bits set too."""
+    """±0, ordinary numbers, one whose square overflows, infinities, the smallest numbers, NaN, also with all bits
+    set."""
     huge = {torch.float64: 1e200, torch.float32: 1e30, torch.bfloat16: 1e30, torch.float16: 6e4}[dtype]
     least = torch.finfo(dtype).smallest_normal
     positive = [0.0, 1.0, 100.0, huge, INF, least / 2, least * torch.finfo(dtype).eps]
@@ -104,8 +105,8 @@ def values(dtype):
 
 
 def grid(n, dtype, parameter_dtype):
-    """u, g, p1, p2, p3, p4: n random points of the grid of values, half of them with finite u and g. An infinite g has no
-    subnormal number beside it: see test_infinite_gradient_of_the_smallest_numbers."""
+    """u, g, p1, p2, p3, p4: n random points of the grid of values, half of them with finite u and g. No point with an
+    infinite g has a subnormal number: see test_infinite_gradient_of_the_smallest_numbers."""
     of_u, of_p = values(dtype), values(parameter_dtype)
     arguments = [v[torch.randint(len(v), (n,))] for v in (of_u, of_u, of_p, of_p, of_p, of_p)]
     for t in arguments[:2]:
@@ -135,7 +136,7 @@ def test_each_element(device, dtype, parameter_dtype):
 @pytest.mark.parametrize("repeats", [13, 130, 259])
 @pytest.mark.parametrize("dtype, parameter_dtype", DTYPE_PAIRS, ids=dtype_id)
 def test_runs_of_one_parameter(device, dtype, parameter_dtype, repeats):
-    """Each element `repeats` times, sharing its parameters: the sums, and the ends of runs."""
+    """Each element `repeats` times with the same parameters: tests the sums, and the ends of runs."""
     arguments = grid(1_500, dtype, parameter_dtype)
     u, g = (t.to(device).view(-1, 1).expand(-1, repeats).contiguous() for t in arguments[:2])
     y, du, *dp = evaluate(leaf_cuda.leaf, u, [p.to(device).view(-1, 1) for p in arguments[2:]], g)
@@ -146,7 +147,7 @@ def test_runs_of_one_parameter(device, dtype, parameter_dtype, repeats):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
 def test_without_p2_and_p4(device, dtype):
-    """A missing parameter is 0, also beside infinities."""
+    """A missing parameter counts as 0, also beside infinities."""
     arguments = grid(20_000, dtype, dtype)
     arguments[3], arguments[5] = torch.zeros_like(arguments[3]), torch.zeros_like(arguments[5])
     u, g, p1, _, p3, _ = (t.to(device) for t in arguments)
@@ -173,7 +174,7 @@ def test_infinite_gradient_of_the_smallest_numbers(device, dtype, parameter_dtyp
 @pytest.mark.parametrize("special", [NAN, INF, -INF])
 @pytest.mark.parametrize("where", ["u", "g"])
 def test_special_values_stay_where_they_are(device, where, special):
-    """One among many elements reaches only its own y and du, and the sums of its own parameters."""
+    """A special value among many elements reaches only its own y and du, and the sums of its own parameters."""
     shape, size = (6, 37, 5), (37, 1)
     for n in range(0, 6 * 37 * 5, 61):
         u, g = torch.rand(shape) + 0.5, torch.rand(shape) + 0.5

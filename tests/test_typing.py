@@ -1,4 +1,4 @@
-"""The package says that it is typed (py.typed), so what is public has annotations, whose names are there."""
+"""The package is marked as typed (py.typed), so public functions have annotations, whose names can be resolved."""
 
 import inspect
 import typing
@@ -47,6 +47,6 @@ def test_package_is_marked():
 
 
 def test_parameters_are_tensors():
-    """For a type checker, which knows nothing of `nn.Module.__getattr__`."""
+    """They are annotated as such for type checkers, which know nothing of `nn.Module.__getattr__`."""
     hints = typing.get_type_hints(type(inspect.getattr_static(leaf_cuda.LEAF, "p1")).__get__)
     assert hints["return"] == nn.Parameter

@@ -8,7 +8,7 @@ from test_double_backward import draw_all, gradients_of_gradients, in_float64
 
 import leaf_cuda
 
-#: (shape of u, shapes of p1, ..., p4): at 16 bytes and more for each of a run's parameters, more than 512 KiB.
+#: (shape of u, shapes of p1, ..., p4): with 16 bytes or more for each parameter of a run, more than 512 KiB in all.
 CASES = {
     "gap": ((3, 20, 43, 40), [(20, 1, 40)] * 4),
     "odd_gap": ((2, 37, 31, 33), [(37, 1, 33)] * 4),
@@ -39,7 +39,7 @@ def test_layouts(device, case, layout):
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "rotated"])
 def test_parameters_in_another_order(device, layout):
-    """Of one value for each: none is expanded, all are copied."""
+    """Each parameter has a value for each of u's elements but the batch's: none is expanded, all are copied."""
     u, parameters, g = draw((2, 20, 43, 40), [(20, 43, 40)] * 4, dtype=torch.float32, device=device)
     u = LAYOUTS[layout](u)
     assert_true(evaluate(leaf_cuda.leaf, u, parameters, g), u, parameters, g)

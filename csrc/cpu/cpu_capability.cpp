@@ -12,7 +12,7 @@ namespace leaf_cuda::cpu {
 namespace {
 
 #if defined(__x86_64__)
-// Not every Clang's __builtin_cpu_supports knows it by name.
+// Asks CPUID itself: in some versions of Clang, __builtin_cpu_supports does not accept "f16c".
 bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);

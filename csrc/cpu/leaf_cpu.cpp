@@ -1,7 +1,7 @@
-// The CPU backend: chooses the loops for the processor and divides a plan's elements among threads.
+// The CPU backend: chooses the inner loops for the processor and divides a plan's elements among threads.
 //
-// The division depends on the plan alone and partial sums are added in its order, so the gradients are bitwise the same
-// for any number of threads.
+// The division depends on the plan alone, and partial sums are added in the plan's order. So the gradients are bitwise
+// the same for any number of threads.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #if defined(__x86_64__)
@@ -18,26 +18,28 @@
 namespace leaf_cuda::cpu {
 namespace {
 
-// Below this length a segment is not worth its own set-up (nor its four partial sums): the columns serve, whose set-up
-// is for all rows. So, if rows are many, is a longer one that would end within a vector.
+// The shortest runs (plan.inner elements with the same parameters) that are computed as segments, each with a set-up
+// and partial sums of its own. Shorter ones are computed as columns, which are set up once for all rows. Runs that end
+// within a vector must be longer the more rows there are, up to kMinCutSegment.
 constexpr int64_t kMinSegment = 128, kMinCutSegment = 224;
 bool by_segments(const Plan& plan) {
   const bool cut = plan.inner % kColumnMultiple != 0;
   return plan.inner >= (cut ? std::clamp(32 * plan.outer, kMinSegment, kMinCutSegment) : kMinSegment);
 }
 constexpr int64_t kMinColumns = 64;
-// From so many columns on, a vector cut short at the end of each row costs less than folding rows.
+// From this number of columns on, a partial vector at the end of each row costs less than folding rows.
 constexpr int64_t kUnfoldedColumns = 1024;
-// What one task of a parallel loop works on at least: far beyond the cost of handing it out. A recurrent step's
-// elements take several times as long as others.
+// The least number of elements for a task of a parallel loop: enough to far outweigh the cost of scheduling it. An
+// element of a recurrent step (three or more sets of parameters) takes several times as long as others.
 template <class Op>
 constexpr int64_t kTaskElements = Op::sets < 3 ? 32768
                                   : Op::sums   ? 4096
                                                : 8192;
-// Outputs of more bytes than this would leave the last-level cache again before they are all there.
+// Outputs of more bytes than this are streamed past the caches: the last-level cache would evict them before the last
+// element is written.
 constexpr int64_t kBeyondCaches = int64_t{32} << 20;
-// Rows share their partial sums: at least so many, for the sums to stay under an eighth of u; and so that there are
-// about so many tasks.
+// A chunk of rows shares its partial sums. It has at least kMinRowsPerChunk rows, so that all partial sums take less
+// than an eighth of u's memory, and more if there would otherwise be more than about kTasks tasks.
 constexpr int64_t kMinRowsPerChunk = 128;
 constexpr int64_t kTasks = 128;
 
@@ -66,8 +68,8 @@ const InnerLoopsByOperation& loops_for(at::ScalarType dtype) {
   }
 }
 
-// f(q, p, strides) for each of an operation's `sets` of parameters, p of its own type; p points to a zero where there
-// is none.
+// Calls f(q, p, strides) for each parameter q of an operation's `sets` sets. p points to the parameter's values in
+// their own dtype, or to a zero if the parameter is missing.
 template <int sets, class F>
 void for_each_parameter(const ParameterArgs& parameters, F f) {
   dispatch_dtype(parameters.dtype, [&](auto zero) {
@@ -77,22 +79,22 @@ void for_each_parameter(const ParameterArgs& parameters, F f) {
   });
 }
 
-// The matrix, or one row of it all where the tensor's rows follow one another as its columns do.
+// The matrix for a tensor with these strides, as a single row if its rows follow one another as its columns do.
 ParameterMatrix matrix_of(const ParameterMatrix& matrix, const ParameterStrides& strides) {
   if (strides.row == matrix.columns * strides.column) return {1, matrix.rows * matrix.columns};
   return matrix;
 }
 
-// The n parameters from `first` on, behind the last the first again, in runs of which a tensor has the values as near
-// to one another as can be: f(k, size, step, values, stride) of the k-th, (k + step)-th, ... of them, `size` in all,
-// which the tensor has at values[0], values[stride], ... The matrix is the tensor's own.
+// Visits n parameters from `first` on (the last is followed by the first) in runs whose values lie as close together in
+// a tensor as possible. f(k, size, step, values, stride) gets a run of `size` of them: the k-th, (k + step)-th, ... of
+// the n, whose values are values[0], values[stride], ... `matrix` is the tensor's own (matrix_of).
 template <class P, class F>
 void for_each_run(P* values, const ParameterMatrix& matrix, const ParameterStrides& strides, int64_t first, int64_t n,
                   F f) {
-  constexpr int64_t kMinRun = 8;  // measured: shorter ones across the rows cost more than values that lie apart
+  constexpr int64_t kMinRun = 8;  // measured: shorter runs across the rows cost more than values that lie apart
   const bool across = matrix.rows > 1 && strides.row < strides.column && n >= kMinRun * matrix.columns;
   const int64_t step = across ? matrix.columns : 1, stride = across ? strides.row : strides.column;
-  // Short runs far from one another: the processor does not foresee them.
+  // These runs are short and far apart, so the hardware prefetcher does not follow them.
   constexpr int64_t kAhead = 8, kLine = kVectorBytes / sizeof(P);
   ParameterIndex of_begin = matrix.at(first % (matrix.rows * matrix.columns));
   for (int64_t begin = 0; begin < std::min(n, step); ++begin, matrix.advance(of_begin)) {
@@ -103,17 +105,17 @@ void for_each_run(P* values, const ParameterMatrix& matrix, const ParameterStrid
       P* const run = values + strides.at(index);
       if (across) {
         const auto ahead = reinterpret_cast<uintptr_t>(run) + kAhead * strides.column * sizeof(P);
-        for (int64_t j = 0; j < size + kLine; j += kLine)  // perhaps of no element: an address, no pointer
+        for (int64_t j = 0; j < size + kLine; j += kLine)  // may lie outside the tensor: an integer, not a pointer
           __builtin_prefetch(reinterpret_cast<const void*>(ahead + j * stride * sizeof(P)));
       }
       f(k, size, step, run, stride);
-      // A run ends before n at the end of its row, or column.
+      // A run that ends before n has reached the end of its row (of its column, if across rows).
       index = across ? ParameterIndex{0, index.column} : ParameterIndex{(index.row + 1) % matrix.rows, 0};
     }
   }
 }
 
-// to[0], to[to_stride], ... = the n values from[0], from[from_stride], ...
+// to[j·to_stride] = from[j·from_stride] for j < n, converted to To.
 template <class To, class From>
 void convert(To* to, int64_t to_stride, const From* from, int64_t from_stride, int64_t n) {
   if (to_stride == 1 && from_stride == 1)
@@ -122,7 +124,8 @@ void convert(To* to, int64_t to_stride, const From* from, int64_t from_stride, i
     for (int64_t j = 0; j < n; ++j) to[j * to_stride] = static_cast<To>(from[j * from_stride]);
 }
 
-// The parameters of `count` segments one after another, the first of which takes the parameters k: out[4·sets·segment].
+// Writes the parameters of `count` consecutive segments, the first of which takes the k-th parameters: those of segment
+// s to out[4·sets·s], ...
 template <int sets>
 void segment_parameters(const ParameterArgs& parameters, int64_t k, int64_t count, double* out) {
   for_each_parameter<sets>(parameters, [&](int q, const auto* p, const ParameterStrides& strides) {
@@ -133,8 +136,8 @@ void segment_parameters(const ParameterArgs& parameters, int64_t k, int64_t coun
   });
 }
 
-// The parameters of the columns from `first` on, the first of a parameter's own, on to the next multiple of
-// kColumnMultiple, in the arithmetic type T: where they lie, or in a buffer.
+// The parameters of `columns` columns from `first` on, padded to a multiple of kColumnMultiple, in the arithmetic type
+// T: read where they lie if possible, else copied to a buffer. `first` is the first column of its parameter.
 template <class T, int sets, int64_t kBlock>
 class ColumnParameters {
  public:
@@ -159,7 +162,7 @@ class ColumnParameters {
       for_each_run(p, matrix, strides, k, n, [&](int64_t to, int64_t size, int64_t step, auto* from, int64_t stride) {
         convert(out + to, step, from, stride, size);
       });
-      if (plan.inner > 1)  // each for its columns, from the last, so that none is written over
+      if (plan.inner > 1)  // repeat each for its columns, from the last, so that none is overwritten too early
         for (int64_t j = n; j-- > 0;)
           std::fill(out + j * plan.inner, out + std::min(padded, (j + 1) * plan.inner), T(out[j]));
     });
@@ -172,7 +175,7 @@ class ColumnParameters {
   alignas(kVectorBytes) T buffer_[4 * sets][kBlock];
 };
 
-// In double; many by eight sums that do not wait for one another.
+// The sum of n values, in double. Many are added in eight independent sums, which do not wait for one another.
 template <class T>
 double sum_of(const T* values, int64_t n) {
   double sum = 0;
@@ -185,7 +188,7 @@ double sum_of(const T* values, int64_t n) {
   return std::accumulate(values, values + n, sum);
 }
 
-// The operands at element i of a plan whose rows (of a block of columns, say) are `row` elements long.
+// The operands at the plan's element i, where the rows of a block of columns are `row` elements apart.
 template <class Op>
 Operands operands_at(const Args& a, int64_t i, int64_t row) {
   const int64_t bytes = static_cast<int64_t>(c10::elementSize(a.dtype));
@@ -204,20 +207,20 @@ Operands operands_at(const Args& a, int64_t i, int64_t row) {
   return at;
 }
 
-// u in memory order, cut into chunks of equal length and where the parameters change.
+// u in memory order, cut into chunks of equal length, and these into segments where the parameters change.
 struct Segments {
-  static constexpr int64_t chunk = kTaskElements<Forward>, most = chunk / kMinSegment + 2;  // of a chunk
+  static constexpr int64_t chunk = kTaskElements<Forward>, most = chunk / kMinSegment + 2;  // in a chunk
   int64_t inner, numel;
 
   explicit Segments(const Plan& plan) : inner(plan.inner), numel(plan.numel()) {}
 
   int64_t tasks() const { return (numel + chunk - 1) / chunk; }
 
-  // A row is a run of `inner` elements (row = outer index · count + parameter index); row r's segment in chunk c has
-  // the number r + c: unique, since from one segment to the next r or c grows, and within a chunk one after another.
+  // A row is a run of `inner` elements (row = outer index · count + parameter index). Row r's segment in chunk c has
+  // the number r + c: unique, since r or c grows from each segment to the next, and consecutive within a chunk.
   int64_t segments() const { return numel / inner + tasks(); }
 
-  // f(segment, row, first element, length)
+  // Calls f(segment, row, first element, length) for each segment of chunk c.
   template <class F>
   void for_each(int64_t c, F f) const {
     const int64_t end = std::min(numel, (c + 1) * chunk);
@@ -228,27 +231,27 @@ struct Segments {
     }
   }
 
-  // f(segment) for the segments of one row
+  // Calls f(segment) for each segment of a row.
   template <class F>
   void for_row(int64_t row, F f) const {
-    static_assert((chunk & (chunk - 1)) == 0);  // so that these are shifts
+    static_assert((chunk & (chunk - 1)) == 0);  // so that the divisions are shifts
     const uint64_t begin = row * inner, last = begin + inner - 1;
     for (uint64_t c = begin / chunk; c <= last / chunk; ++c) f(row + static_cast<int64_t>(c));
   }
 };
 
-// Columns (leaf_plan.h) as blocks of columns × chunks of rows; the partial last row is a chunk of its own. A block lies
-// within one of the operands' lines (Args::line).
+// Columns (leaf_plan.h) divided into blocks of columns × chunks of rows; the partial last row is a chunk of its own. A
+// block lies within one of the operands' lines (Args::line).
 struct ColumnBlocks {
   Columns columns;
   int64_t inner, line, block, blocks_in_line, blocks, rows_per_chunk, chunks;
 
-  // Blocks of `most` columns at most, tasks of task_elements at least.
+  // Blocks have at most `most` columns, tasks about task_elements elements or more.
   ColumnBlocks(const Args& a, int64_t most, int64_t task_elements) : inner(a.plan.inner) {
     const bool fold = a.line == 0 && a.plan.period() < kUnfoldedColumns;
     columns = columns_of(a.plan, fold ? kColumnMultiple : 1, fold ? kMinColumns : 1);
     line = a.line ? a.line : columns.width;
-    block = std::min(line, most / inner * inner);  // whole parameters
+    block = std::min(line, most / inner * inner);  // all `inner` columns of a parameter
     blocks_in_line = (line + block - 1) / block;
     blocks = columns.width / line * blocks_in_line;
     const int64_t wanted = std::max<int64_t>(1, kTasks / blocks);
@@ -258,7 +261,7 @@ struct ColumnBlocks {
 
   int64_t tasks() const { return blocks * chunks; }
 
-  // f(chunk, first column, columns, first element, rows)
+  // Calls f(chunk, first column, number of columns, first element, number of rows), unless the task is empty.
   template <class F>
   void for_task(int64_t task, F f) const {
     const int64_t chunk = task / blocks, within = task % blocks_in_line * block;
@@ -271,14 +274,15 @@ struct ColumnBlocks {
   }
 };
 
-// f(task) for each of `tasks` equal shares of numel elements. A thread is not woken for less than kTaskElements<Op>.
+// Calls f(task), in parallel, for each of `tasks` tasks that share numel elements equally. The grain size is
+// kTaskElements<Op> elements: no thread is woken for fewer.
 template <class Op, class F>
 void parallel_tasks(int64_t tasks, int64_t numel, bool stream, F f) {
   const int64_t grain = std::max<int64_t>(1, kTaskElements<Op> * tasks / numel);
   at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) f(task);
 #if defined(__x86_64__)
-    if (stream) _mm_sfence();  // once for all tasks: each waits until what was stored has left the processor
+    if (stream) _mm_sfence();  // once per thread: a fence waits until all stores have left the processor
 #endif
   });
 }
@@ -287,7 +291,7 @@ bool beyond_caches(const Plan& plan, at::ScalarType dtype) {
   return plan.numel() * static_cast<int64_t>(c10::elementSize(dtype)) > kBeyondCaches;
 }
 
-// Parameter first + k has the gradients sums[q·stride + k], k < n.
+// Writes the gradients of n parameters: sums[q·stride + k] is dp_q of parameter first + k.
 template <class Op, class T>
 void write_gradients(const Args& a, int64_t first, int64_t n, const T* sums, int64_t stride) {
   dispatch_dtype(a.dp_dtype, [&](auto zero) {
@@ -303,11 +307,11 @@ void write_gradients(const Args& a, int64_t first, int64_t n, const T* sums, int
   });
 }
 
-// Parameters whose partial sums are added up side by side.
+// Number of parameters whose partial sums are added up side by side.
 constexpr int64_t kFinished = 256;
 
-// Writes the gradients of all parameters: add(first, n, sums) adds the partial sums of n of them, in the plan's order,
-// to sums[q·kFinished + k].
+// Writes the gradients of all parameters. add(first, n, sums) must add the partial sums of parameter first + k, k < n,
+// in the plan's order, to sums[q·kFinished + k].
 template <class Op, class F>
 void finish(const Args& a, F add) {
   for (int64_t first = 0; first < a.plan.count; first += kFinished) {
@@ -353,7 +357,8 @@ void run_segments(const Args& a, const InnerLoops& loops, const Tensor& like) {
   });
 }
 
-// The most columns of a block. Where a recurrent step has too few rows to share, its columns are shared.
+// The largest number of columns in a block. If a recurrent step has too few rows to divide among threads, its blocks
+// are narrower, to divide the columns instead.
 template <class Op>
 int64_t most_columns(const Plan& plan) {
   if (!Op::always_pitched || plan.outer >= kMinRowsPerChunk) return kColumnBlock<Op>;
@@ -365,8 +370,8 @@ void run_columns(const Args& a, const InnerLoops& loops, const Tensor& like) {
   const ColumnBlocks blocks(a, most_columns<Op>(a.plan), kTaskElements<Op>);
   const bool stream = beyond_caches(a.plan, a.dtype);
   const int64_t count = a.plan.count, inner = a.plan.inner, fold = blocks.columns.fold, slots = fold * count;
-  // Sums over a chunk's rows and the `inner` columns of a parameter: [chunk][q][fold][count]. Where a task has whole
-  // sums, it writes the gradients.
+  // Partial sums, each over a chunk's rows and a parameter's `inner` columns: [chunk][q][fold][count]. If each task's
+  // sums are complete (`direct`), it writes the gradients itself.
   const bool direct = !Op::sums || (blocks.chunks == 1 && fold == 1);
   const Tensor workspace = direct ? Tensor() : make_workspace<T>({blocks.chunks, Op::sums, slots}, like);
   T* const partial = direct ? nullptr : workspace.mutable_data_ptr<T>();
@@ -406,7 +411,7 @@ void run(const Args& a, const Tensor& like) {
   dispatch_operation(a.operation, [&](auto operation) {
     using Op = decltype(operation);
     if constexpr (!Op::always_pitched)
-      if (by_segments(a.plan)) {  // so it has no runs
+      if (by_segments(a.plan)) {  // then inner > 1, so there are no lines (Args::line)
         (a.dtype == at::kDouble ? run_segments<Op, double> : run_segments<Op, float>)(a, loops, like);
         return;
       }

@@ -1,6 +1,6 @@
-// leaf_loops_impl.h with its functions compiled for LEAF_TARGET. By pragma and not by a flag for the file, because
-// setuptools has no flags for one file. What is not the loops' own comes before: compiled for the target, an inline
-// function of it could serve the whole library.
+// leaf_loops_impl.h with its functions compiled for LEAF_TARGET: by a pragma, because setuptools has no compiler flags
+// for single files. Other headers are included before the pragma: if their inline functions were compiled for the
+// target, the linker could use those copies in the whole library.
 #include <immintrin.h>
 #include <algorithm>
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The loops of leaf_loops.h for one instruction set: LEAF_VECTOR_BYTES and LEAF_LOOPS_TABLE come from the including
-// leaf_loops_*.cpp. See simd.h for what may stand here.
+// The loops of leaf_loops.h for one instruction set. The leaf_loops_*.cpp that includes this file defines
+// LEAF_VECTOR_BYTES and LEAF_LOOPS_TABLE. simd.h says what may be included and defined here.
 #pragma once
 
 #include <type_traits>
@@ -16,13 +16,14 @@ using leaf_cuda::cpu::kSumStride;
 using leaf_cuda::cpu::kVectorBytes;
 using leaf_cuda::cpu::Segment;
 
-// The arithmetic on elements stored as S, and its numbers.
+// The arithmetic on elements stored as S, and the type of its numbers.
 template <class S>
 using Math = std::conditional_t<std::is_floating_point_v<S>, Simd<S>, Simd<float, ApproximateExpConstants>>;
 template <class S>
 using Arithmetic = typename Math<S>::Number;
 
-// n elements, fewer than a vector's, by powers of two: memcpy would be a call, which leaves no vector in its register.
+// Copies n elements, fewer than a vector has, in pieces of a power of two: a memcpy of variable length would be a call,
+// across which no vector stays in its register.
 template <class S>
 LEAF_FUNCTION void copy_n(S* to, const S* from, int64_t n) {
 #pragma GCC unroll 8
@@ -32,7 +33,7 @@ LEAF_FUNCTION void copy_n(S* to, const S* from, int64_t n) {
       to += size, from += size;
     }
 }
-// The first n < lanes elements; the other lanes are zero.
+// Loads n < lanes elements; the other lanes are zero.
 template <class S>
 inline auto load_n(const S* p, int64_t n) {
   S padded[Math<S>::lanes] = {};
@@ -50,18 +51,18 @@ inline void store_n(S* p, V v, int64_t n) {
   copy_n(p, padded, n);
 }
 
-// Asks for the line of p[i], which may be behind the end, for the second-level cache. (For the first it was slower,
-// most where rows are short: docs/performance.md.)
+// Prefetches the cache line of p[i], which may lie beyond the end, to the second-level cache. (To the first-level cache
+// it was slower, most of all for short rows: docs/performance.md.)
 template <class S>
 inline void prefetch(const S* p, int64_t i) {
   __builtin_prefetch(p + i, 0, 2);
 }
-// So far ahead at least, in bytes of each operand: by itself a processor looks ahead within a page of memory alone.
+// The least distance of prefetches, in bytes of each operand. The hardware prefetcher does not cross a page of memory.
 constexpr int64_t kAhead = 4096;
 
-// leaf_loops.h's Operands for an operation and a storage type. `Repeated` has bit k set where in[k] is one element: the
-// pointer is then to a vector of copies of it. With `Streamed` outputs are stored past the caches: each vector of them
-// must be aligned.
+// leaf_loops.h's Operands for an operation and a storage type. Bit k of `Repeated` is set if input k is a single
+// element: in[k] then points to a vector of copies of it. With `Streamed`, outputs are written by streaming stores, for
+// which each of their vectors must be aligned.
 template <class Op_, class S_, unsigned Repeated, bool Streamed>
 struct Operands {
   using Op = Op_;
@@ -75,7 +76,7 @@ struct Operands {
   int64_t in_row[Op::inputs], out_row[Op::outputs];  // of pitched operations
 
   static constexpr bool is_repeated(int k) { return Repeated >> k & 1; }
-  // A missing output is one of an operation with sums, for those alone.
+  // Only an operation with sums may lack an output: it may run for the sums alone.
   bool wants(int k) const { return !Op::sums || out[k]; }
 
   V load(int k, int64_t i) const { return ::load(is_repeated(k) ? in[k] : in[k] + i); }
@@ -91,11 +92,11 @@ struct Operands {
     if (wants(k)) ::store_n(out[k] + i, v, n);
   }
 
-  // Elements from row to row of a block of columns.
+  // Number of elements from row to row of a block of columns.
   int64_t in_stride(int k, int64_t stride) const { return Op::pitched ? in_row[k] : stride; }
   int64_t out_stride(int k, int64_t stride) const { return Op::pitched ? out_row[k] : stride; }
 
-  // At the same column of the row that is `row` further on.
+  // The operands `row` rows further on, at the same column.
   Operands at_row(int64_t row, int64_t stride) const {
     Operands a = *this;
 #pragma GCC unroll 8
@@ -115,17 +116,17 @@ struct Operands {
   }
 };
 
-// A sum runs over this many vectors (or rows) at most, so many such sums are added up, and these go to a double: as
-// exact as eager PyTorch's sums, which take sixteen and sixteen at every level.
+// Number of terms in a sum, at most: kTerms vectors (or rows) are summed, kTerms of these sums are added up, and the
+// results are added in double. This is as exact as eager PyTorch's sums, which take sixteen terms at every level.
 constexpr int64_t kTerms = 16;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 using Doubles = Simd<double>::V;
 inline Doubles in_double(Doubles v) { return v; }
-// The sums of a lane of one half and one of the other.
+// The vector's two halves, converted to double and added lane by lane.
 inline Doubles in_double(Simd<float>::V v) {
-#if LEAF_VECTOR_BYTES == 64  // GCC 12 makes three times as many instructions of the generic conversion
+#if LEAF_VECTOR_BYTES == 64  // GCC 12 compiles the generic conversion to three times as many instructions
   const auto low = _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0);
   const auto high = _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1);
   return (Doubles)_mm512_maskz_cvtps_pd(0xff, low) + (Doubles)_mm512_maskz_cvtps_pd(0xff, high);
@@ -141,7 +142,7 @@ template <int bytes>
 struct DoublesOf {
   typedef double V __attribute__((vector_size(bytes)));
 };
-// By halves: left to it, GCC 12 adds element by element.
+// Adds up the lanes by halves: left to itself, GCC 12 adds element by element.
 template <int bytes>
 inline double sum_of_lanes(typename DoublesOf<bytes>::V v) {
   if constexpr (bytes == 2 * sizeof(double)) {
@@ -153,7 +154,7 @@ inline double sum_of_lanes(typename DoublesOf<bytes>::V v) {
   }
 }
 
-// Whole vectors of one set of parameters; adds to sum[q].
+// Computes the elements from begin to end, whole vectors that share their parameters; adds to sum[q].
 template <class O>
 LEAF_FUNCTION void vectors(const O& a, int64_t begin, int64_t end, const Parameters<typename O::V>* p,
                            typename O::V* sum) {
@@ -176,7 +177,7 @@ LEAF_FUNCTION void vectors(const O& a, int64_t begin, int64_t end, const Paramet
   }
 }
 
-// The first n < lanes lanes of v, 0 in the others, whatever they hold.
+// v with only its first n < lanes lanes; the others become 0, whatever they hold.
 template <class M>
 LEAF_FUNCTION typename M::V first_lanes(typename M::V v, int n) {
   typename M::I lane;
@@ -184,8 +185,9 @@ LEAF_FUNCTION typename M::V first_lanes(typename M::V v, int n) {
   return lane < n ? v : typename M::V{};
 }
 
-// Segments in pieces, of as many terms as a sum in their own type may have. A piece's lanes are added up later, with
-// others': they wait for its last element, and what follows it would wait behind them.
+// Computes segments in pieces, each of at most as many terms as may be summed in the arithmetic type. The lanes of up
+// to kPieces pieces are added up together, later: these additions wait for a piece's last element, and right after it
+// they would delay the next piece.
 template <class O>
 void segments(O a, const Segment* segment, int64_t count, const double* p_, double* sums) {
   using Op = typename O::Op;
@@ -252,7 +254,7 @@ struct ColumnParameters {
   }
 };
 
-// A block of columns, as leaf_loops.h has it.
+// A block of columns (leaf_loops.h).
 template <class O>
 struct Block {
   O operands;
@@ -260,20 +262,20 @@ struct Block {
   ColumnParameters<typename O::T, O::Op::sets> parameters;
 };
 
-// Rows are taken `kTile` at a time, so that a column's parameters and sums pass through registers once for all of them.
-// A later tile's lines are asked for meanwhile: the processor foresees one long run, not kTile short ones.
+// Rows are computed in tiles of kTile, so that a column's parameters and sums pass through registers once per tile. A
+// later tile's lines are prefetched meanwhile: the hardware prefetcher follows one long run, not kTile short ones.
 constexpr int kTile = 4;
 
-// Where a tile's sums come from and go to, each array [q·kSumStride<Op> + c]: the first tile of a group starts at 0,
-// the last adds the group's sum to the total.
+// Where a tile's sums come from and go to, in arrays indexed by q·kSumStride<Op> + c: the first tile of a group starts
+// at 0, the last one adds the group's sums to the total.
 template <class T>
 struct TileSums {
   T *group, *total;
   bool first, last;
 };
 
-// One vector of columns, or its first n if Partial, in each of a tile's rows; the operands are at the tile's first,
-// what to ask for is `ahead` rows away.
+// Computes one vector of columns (its first n lanes if Partial) in each of a tile's rows. The operands are at the
+// tile's first row; what is prefetched lies `ahead` rows further on.
 template <int Rows, bool Partial, class O>
 LEAF_FUNCTION void tile_vector(const Block<O>& b, const O& operands, int64_t ahead, int64_t c, int64_t n,
                                const TileSums<typename O::T>& sums) {
@@ -290,7 +292,7 @@ LEAF_FUNCTION void tile_vector(const Block<O>& b, const O& operands, int64_t ahe
       if (!Partial) operands.prefetch_in(k, i + ahead * row);
     }
   };
-  // Of the operations without sums most have registers for all rows' inputs: then none waits for an output's store.
+  // Most operations without sums leave registers enough to load all rows' inputs first: then no load waits for a store.
   constexpr bool all_rows = !Op::sums && Op::sets == 1;
   if (all_rows)
 #pragma GCC unroll 8
@@ -330,8 +332,9 @@ LEAF_FUNCTION void tile(const Block<O>& b, int64_t row, int64_t ahead, const Til
   if (c < b.columns) tile_vector<Rows, true>(b, operands, 0, c, b.columns - c, sums);
 }
 
-// Rows first ... end of the block; adds to total, by groups. (Each operation its own function: in one that also holds
-// the doubles' sums, GCC 12 runs out of registers. By value, so that no store may change it.)
+// Computes the rows from `first` to `end` of the block and adds their sums, group by group, to total. (Not inlined: in
+// one function with the sums in double, GCC 12 runs out of registers. b is passed by value, so that no store can change
+// it.)
 template <class O>
 __attribute__((noinline)) void rows(Block<O> b, int64_t first, int64_t end, typename O::T* group,
                                     typename O::T* total) {
@@ -374,8 +377,9 @@ template <class Op, class S>
 struct Typed {
   using Given = leaf_cuda::cpu::Operands;
   static constexpr int lanes = Math<S>::lanes;
-  // Stores past the caches pay where they leave the processor as whole lines: along a run two halves still do, of the
-  // rows of a tile, whose lines are all begun before one is full, not (docs/performance.md).
+  // Streaming stores pay if they leave the processor as whole cache lines. Two consecutive halves of a line in a
+  // segment do; those of a tile do not, since it begins the lines of all its rows before one is full
+  // (docs/performance.md).
   static constexpr bool may_stream_segments = lanes * sizeof(S) >= kVectorBytes / 2;
   static constexpr bool may_stream_columns = lanes * sizeof(S) == kVectorBytes;
 
@@ -397,7 +401,7 @@ struct Typed {
     f(a);
   }
 
-  // f(Operands) of the type that fits; `stride` elements lie from row to row. (Where an input is repeated, nothing is
+  // Calls f with Operands of the type that fits; rows are `stride` elements apart. (If an input is repeated, nothing is
   // streamed.)
   template <bool MayStream, unsigned Repeated = 0, class F>
   static void dispatch(const Given& given, int64_t stride, bool stream, F f) {

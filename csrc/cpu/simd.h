@@ -1,8 +1,8 @@
 // SIMD vectors of LEAF_VECTOR_BYTES bytes by the compiler's vector extensions (GCC, Clang; any architecture), and the
 // arithmetic on them that leaf_math.h asks for.
 //
-// This file is compiled once per instruction set (leaf_loops_*.cpp). So it includes nothing that would leave an inline
-// function behind for the linker to choose from, and everything in it has internal linkage.
+// This file is compiled once per instruction set (leaf_loops_*.cpp). So it includes no header whose inline functions
+// the linker could merge across instruction sets, and everything in it has internal linkage.
 #pragma once
 
 #include <cstdint>
@@ -51,7 +51,7 @@ struct ExpConstants<float> {
   static constexpr int bias = 127 + 26;
   static constexpr float down = 0x1p-26f;                 // e^x / down is normal wherever e^x is not 0
   static constexpr float round_magic = 0x1.8p23f + bias;  // adding it rounds to an integer n; the low bits are bias + n
-  static constexpr float zero_at = -106.05152f;           // −bias·ln2: there n is −bias, the exponent of 0
+  static constexpr float zero_at = -106.05152f;           // −bias·ln2: there n is −bias, so the exponent bits are 0
   static constexpr float log2e = 0x1.715476p+0f;
   static constexpr float ln2_hi = 0x1.63p-1f, ln2_lo = -2.1219444005469058e-4f;  // n·ln2_hi is exact
   static constexpr float c[] = {0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558f2p-5f, 0x1.1239e2p-7f, 0x1.6a2434p-10f};
@@ -71,16 +71,16 @@ struct ExpConstants<double> {
                                  0x1.a0199a0c677acp-16, 0x1.71df2552390c2p-19, 0x1.28ad72cc30daap-22,
                                  0x1.ad7f6f0799ee2p-26};
 };
-// For float16 and bfloat16: an error of 2^-22 + |x|·2^-28, of |x|·2^-24 where products are rounded before they are
-// added, is far below what these types resolve.
+// For float16 and bfloat16: the error, 2^-22 + |x|·2^-28 (without FMA the second term is |x|·2^-24), is far below the
+// precision of these types.
 struct ApproximateExpConstants : ExpConstants<float> {
   static constexpr float ln2_hi = 0x1.62e43p-1f, ln2_lo = 0;
   static constexpr float c[] = {0x1.fffdfcp-2f, 0x1.5557bp-3f, 0x1.572a64p-5f, 0x1.10625p-7f};
 };
 
 #if LEAF_VECTOR_BYTES == 64
-// x·2^n for integral n, rounded once. (Masks of all lanes: the unmasked intrinsics warn of an uninitialised variable in
-// GCC 12.)
+// x·2^n for integral n, rounded once. (The masks select all lanes: in the unmasked intrinsics GCC 12 warns of an
+// uninitialised variable.)
 inline SimdTypes<float, int32_t>::V scale(SimdTypes<float, int32_t>::V x, SimdTypes<float, int32_t>::V n) {
   return (SimdTypes<float, int32_t>::V)_mm512_maskz_scalef_ps(0xffff, (__m512)x, (__m512)n);
 }
@@ -97,7 +97,7 @@ inline SimdTypes<float, int32_t>::V fma(float32x4_t a, float32x4_t b, float32x4_
 inline SimdTypes<double, int64_t>::V fma(float64x2_t a, float64x2_t b, float64x2_t c) { return vfmaq_f64(c, a, b); }
 #endif
 
-// The larger one, x if that is NaN. (GCC 12 makes no such instruction of the selection.)
+// The larger of the two, x if x is NaN. (By intrinsics: GCC 12 compiles the selection below to no max instruction.)
 #if LEAF_VECTOR_BYTES == 32
 inline SimdTypes<float, int32_t>::V larger(__m256 least, __m256 x) { return _mm256_max_ps(least, x); }
 inline SimdTypes<double, int64_t>::V larger(__m256d least, __m256d x) { return _mm256_max_pd(least, x); }
@@ -128,7 +128,7 @@ struct Simd : SimdTypes<Scalar, typename C::Int> {
     for (int k = 0; k < lanes; ++k) v[k] = x;
     return v;
   }
-  // By the sign bit alone, which takes no comparison: −0 counts as below 0, where a and b are the same.
+  // Tests the sign bit only, which takes no comparison. −0 counts as below 0, but at 0 a and b are the same.
   static V select(V z, V a, V b) { return bit_cast<I>(z) < 0 ? b : a; }
   static V reciprocal(V x) { return 1 / x; }
   static V divide(V a, V b) { return a / b; }
@@ -142,19 +142,18 @@ struct Simd : SimdTypes<Scalar, typename C::Int> {
 
   static LEAF_FUNCTION V exp_neg_abs(V z) {
     const V x = bit_cast<V>(bit_cast<I>(z) | bit_cast<I>(broadcast(Scalar(-0.0))));
-    // Where e^x is 0 it is not made so by underflow: results in the subnormal range are slow on some processors, and
-    // with LEAF's ReLU form (p3 = 2^16) almost every lane is one of them.
+    // Where e^x is 0, it does not become so by underflow, which is slow on some processors: with LEAF's ReLU form
+    // (p3 = 2^16) it is 0 in almost every lane.
 #if LEAF_VECTOR_BYTES == 64
-    const V t = x;  // scale's mask leaves those lanes out: what is above it need not wait for the comparison
+    const V t = x;  // scale's mask leaves these lanes out, so that nothing before it waits for the comparison
 #else
-    const V t = larger(broadcast(C::zero_at), x);  // there 2^n / down is made as 0
+    const V t = larger(broadcast(C::zero_at), x);  // at zero_at the factor 2^n / down is 0
 #endif
     const V shifted = t * C::log2e + C::round_magic;
     const V n = shifted - C::round_magic;
     V r = t - n * C::ln2_hi;
     if constexpr (C::ln2_lo != 0) r -= n * C::ln2_lo;
-    // Pairs of coefficients by r, the pairs by r²: a short chain of operations that wait for one another, for that is
-    // what bounds the loops.
+    // Horner's scheme in r² over pairs of coefficients: a shorter dependency chain, which is what bounds the loops.
     constexpr int count = sizeof(C::c) / sizeof(Scalar);
     const V r2 = r * r;
     const auto pair = [&](int k) { return k + 1 < count ? C::c[k + 1] * r + C::c[k] : broadcast(C::c[k]); };
@@ -166,7 +165,7 @@ struct Simd : SimdTypes<Scalar, typename C::Int> {
 #if LEAF_VECTOR_BYTES == 64
     return x < C::zero_at ? V{} : scale(e, n);
 #else
-    // Two factors, so that a subnormal result is rounded once: 2^n / down, made of its exponent, and down.
+    // Two factors, so that a subnormal result is rounded once: 2^n / down, made from its exponent bits, and down.
     const V factor = bit_cast<V>(bit_cast<I>(shifted) << C::mantissa_bits);
     return e * factor * C::down;
 #endif
@@ -191,7 +190,7 @@ using FloatV = Simd<float>::V;
 using Bits32 = uint32_t __attribute__((vector_size(LEAF_VECTOR_BYTES)));
 using Bits16 = Simd<float>::H;
 
-// 16-bit storage as 32-bit integers and back. (GCC 12 makes __builtin_convertvector of these out of halves.)
+// 16-bit storage to 32-bit integers and back. (GCC 12 does these __builtin_convertvector by halves of a vector.)
 inline Bits32 load_bits(const uint16_t* p) {
 #if LEAF_VECTOR_BYTES == 64
   return (Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p));
@@ -217,8 +216,8 @@ inline void store_bits(uint16_t* p, Bits32 v) {
 
 inline FloatV load(const BFloat16* p) {
 #if LEAF_VECTOR_BYTES == 32
-  // In each half of a vector its four words, to the upper halves of its lanes: one shuffle, where widening takes a
-  // shift.
+  // In each half of the vector, moves four 16-bit words to the upper halves of its four lanes: one shuffle, where
+  // widening takes a shift as well.
   const __m256i words = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
   const __m256i to = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
                                       -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
@@ -227,18 +226,18 @@ inline FloatV load(const BFloat16* p) {
   return bit_cast<FloatV>(load_bits(&p->bits) << 16);
 #endif
 }
-// To nearest, ties to even; a NaN's bits are all ones.
+// Rounds to nearest, ties to even; of a NaN all bits are set.
 inline void store(BFloat16* p, FloatV v) {
   const Bits32 bits = bit_cast<Bits32>(v);
   const Bits32 rounded = bits + ((bits << 15) >> 31) + 0x7fffu;
 #if LEAF_VECTOR_BYTES == 64
-  store_bits(&p->bits, (v == v ? rounded : ~Bits32{}) >> 16);  // the shift selects as well
+  store_bits(&p->bits, (v == v ? rounded : ~Bits32{}) >> 16);  // the selection is the shift's mask
 #else
   store_bits(&p->bits, (rounded | bit_cast<Bits32>(v != v)) >> 16);
 #endif
 }
 
-// (By width and not by __F16C__, which GCC does not define for a target that a _Pragma sets.)
+// (This tests the width, since GCC does not define __F16C__ for a target that is set by a _Pragma.)
 #if LEAF_VECTOR_BYTES >= 32
 inline FloatV load(const Half* p) {
 #if LEAF_VECTOR_BYTES == 64
@@ -262,7 +261,7 @@ inline void store(Half* p, FloatV v) { vst1_u16(&p->bits, vreinterpret_u16_f16(v
 inline FloatV load(const Half* p) {
   const Bits32 x = load_bits(&p->bits);
   const Bits32 magnitude = (x & 0x7fffu) << 13;
-  const FloatV finite = bit_cast<FloatV>(magnitude) * 0x1p112f;  // moves the exponent's bias, subnormals too
+  const FloatV finite = bit_cast<FloatV>(magnitude) * 0x1p112f;  // corrects the exponent's bias, subnormals too
   const Bits32 special = magnitude | 0x7f800000u;                // infinite and NaN
   const Bits32 value = (x & 0x7c00u) == 0x7c00u ? special : bit_cast<Bits32>(finite);
   return bit_cast<FloatV>(value | ((x & 0x8000u) << 16));
@@ -271,7 +270,7 @@ inline void store(Half* p, FloatV v) {
   const Bits32 bits = bit_cast<Bits32>(v);
   const Bits32 magnitude = bits & 0x7fffffffu;
   const Bits32 normal = (magnitude - 0x38000000u + (((magnitude >> 13) & 1) + 0xfffu)) >> 13;
-  // Adding 1/2 leaves a subnormal half's bits, rounded to nearest even, at the low end.
+  // Adding 1/2 leaves a subnormal half's bits, rounded to nearest even, in the lowest bits.
   const Bits32 subnormal = bit_cast<Bits32>(bit_cast<FloatV>(magnitude) + 0.5f) - 0x3f000000u;
   const Bits32 special = magnitude > 0x7f800000u ? (Bits32{} + 0x7e00u) : (Bits32{} + 0x7c00u);
   Bits32 h = magnitude < 0x38800000u ? subnormal : normal;
@@ -282,7 +281,7 @@ inline void store(Half* p, FloatV v) {
 #endif
 
 #if LEAF_VECTOR_BYTES == 64
-// Those of the bytes at `from` that the mask has, 0 for the others.
+// Loads the bytes at `from` that the mask selects, and 0 for the others.
 template <int bytes>
 inline void masked_load(void* to, const void* from, uint64_t mask) {
   if constexpr (bytes == 64) {
@@ -296,8 +295,8 @@ inline void masked_load(void* to, const void* from, uint64_t mask) {
 #endif
 
 #if LEAF_VECTOR_BYTES >= 32
-// Past the caches, p aligned to the stored vector, of 32 bytes or more: for results that no cache could hold, whose
-// lines need not be read first.
+// A streaming (non-temporal) store of a vector of 32 bytes or more, to which p is aligned: for outputs that no cache
+// could hold. Their cache lines need not be read first.
 template <class S, class V>
 inline void stream(S* p, V v) {
   constexpr int bytes = sizeof(V) / sizeof(V{}[0]) * sizeof(S);
