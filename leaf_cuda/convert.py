@@ -17,11 +17,20 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ._types import Form
 from .fixed_activations import FIXED, module_type
-from .functional import arithmetic_dtype
-from .modules import AHAF, LEAF, LearnableActivation, check_model, size_of
+from .functional import arithmetic_dtype, leaf
+from .modules import AHAF, LEAF, LearnableActivation, check_model, form_values, size_of
 from .optim import split_activation_parameters
 from .recurrent import Recurrent
-from .tracing import called_name, calls_of, modes_of, names_an_activation, set_modes, trace, with_forward
+from .tracing import (
+    called_name,
+    calls_of,
+    fixed_equal_to,
+    modes_of,
+    names_an_activation,
+    set_modes,
+    trace,
+    with_forward,
+)
 
 
 @dataclass(frozen=True)
@@ -91,12 +100,12 @@ def replace_activations(
     """Replaces the fixed activations of ``model``, in place, by LEAF of the same form, and AHAF by the LEAF equal to it.
 
     nn.ReLU, SiLU, Tanh and Sigmoid keep their values (ReLU within 5e-6), GELU, Hardswish and Hardsigmoid nearly. They
-    are found as modules, as functions kept in attributes (``self.act = F.gelu``), and as calls (``F.relu(x)``,
-    ``x.tanh()``) in a ``forward`` that torch.fx can trace and that does the same at each call. A ``forward`` is left
-    alone if what it does depends on its inputs, their types, which of its arguments are given, grad mode, autocast, or
-    the mode of a child; or if it draws random numbers, changes what the module holds, or has a ``with`` statement. A
-    trace does not see ``type(x) is ...``, ``x is y`` and ``match x``; but it is not used if it computes something else
-    from ``example_inputs``.
+    are found as modules, also of other classes that compute the same, as those of transformers and timm; as functions
+    kept in attributes (``self.act = F.gelu``); and as calls (``F.relu(x)``, ``x.tanh()``) in a ``forward`` that torch.fx
+    can trace and that does the same at each call. A ``forward`` is left alone if what it does depends on its inputs,
+    their types, which of its arguments are given, grad mode, autocast, or the mode of a child; or if it draws random
+    numbers, changes what the module holds, or has a ``with`` statement. A trace does not see ``type(x) is ...``, ``x is
+    y`` and ``match x``; but it is not used if it computes something else from ``example_inputs``.
 
     A traced module gets the traced ``forward``, in which the values it read from its attributes are constants, and a
     new child for each replaced call. Calls in its other methods stay. ``deepcopy`` and ``state_dict`` work on it,
@@ -123,7 +132,8 @@ def replace_activations(
             eval mode and without gradients: before and after, and in between to try traced forwards. "channel" and
             "element" take their sizes from these runs.
         rules: what to do with particular activations, by the module's name with wildcards (``"head.*"``) or by its
-            exact type, which may be a fixed activation of your own. The value is a form as LEAF's ``init_as``, None to
+            exact type, which may be a fixed activation of your own; a type of torch.nn also stands for other classes
+            that compute the same. The value is a form as LEAF's ``init_as``, None to
             leave it alone, or a dict of ``init_as``, ``kind``, ``granularity`` and ``channel_dim``. The first rule that
             matches decides.
 
@@ -323,7 +333,7 @@ class _Conversion:
             if child is None:
                 continue
             path = _join(name, attribute)
-            if isinstance(child, self.activations):
+            if isinstance(child, self.activations) or fixed_equal_to(child):
                 self.inside.update(child.modules())
             if isinstance(child, Recurrent):
                 continue
@@ -379,17 +389,18 @@ class _Conversion:
             return
         if own.__module__.startswith("torch.") or isinstance(module, leaves) or cls.forward is nn.Module.forward:
             return
+        split = {a: child for a, child in module._modules.items() if _join(name, a) in self.split}
+        names = names_an_activation(cls)
         try:
-            graphs = [trace(module, training) for training in (True, False)]
+            graphs = [trace(module, mode, lambda graph: names or calls_of(graph, split)) for mode in (True, False)]
         except Exception as error:  # whatever the model's own code raises on a proxy
-            if not names_an_activation(cls):
+            if not names:
                 return
             message = (str(error) or type(error).__name__).splitlines()[0]
             self.report.kept.append(Kept(name or "the model", "calls in its forward", f"torch.fx: {message}"))
             return
         for node in (n for graph in graphs for n in graph.nodes if n.op == "call_module"):
             self.module_calls.append((_join(name, node.target), node.args, node.kwargs))
-        split = {a: child for a, child in module._modules.items() if _join(name, a) in self.split}
         found = [calls_of(graph, split) for graph in graphs]
         accepted = {}
         for node, fixed in found[0].items():
@@ -431,7 +442,9 @@ class _Conversion:
         a line in the report where a user would expect one."""
         kind = type(fixed)
         if not isinstance(fixed, self.activations):
-            return None
+            if (equal := fixed_equal_to(fixed)) is None:
+                return None
+            kind = type(equal)
         names = {path, of_module or path}
         matches = (
             key
@@ -677,10 +690,10 @@ def _form_difference(old: nn.Module, new: LearnableActivation) -> float | None:
         return None
     half = torch.logspace(-8, 1, 2000, dtype=torch.float64, device="cpu")  # ReLU's form differs most near 2e-5
     u = torch.cat([-half, half.new_zeros(1), half])
-    form = type(new)(init_as=new.init_as, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         try:
-            return (copy.deepcopy(old).cpu().eval()(u.clone()) - form(u)).abs().max().item()
+            y = copy.deepcopy(old).cpu().eval()(u.clone())
+            return (y - leaf(u, *form_values(new.init_as))).abs().max().item()
         except Exception:  # whatever the user's own class raises: it may take other inputs
             if type(old) in FIXED:
                 raise

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from typing_extensions import Self
 
 from ._ops import PARAMETERS
@@ -43,7 +44,7 @@ def _warn_of_infinity(name: str, t: Tensor) -> None:
         )
 
 
-def _form(init_as) -> tuple[float, float, float, float]:
+def form_values(init_as) -> tuple[float, float, float, float]:
     """(p1, p2, p3, p4) of a form's name, ("Swish", β), or an explicit tuple of four numbers."""
     if isinstance(init_as, str):
         if init_as in FORMS:
@@ -97,6 +98,18 @@ def _placed_as(t: Tensor, parameter: Tensor | None) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(t, parameter.device_mesh, parameter.placements)
+
+
+def graph_call(module: nn.Module, cls: type[nn.Module], *inputs: Proxy) -> Proxy | None:
+    """A call of the module in the graph that torch.fx traces, in which it then is a leaf module, as torch's own are.
+
+    None where the module's forward is to be traced: where it is the root, or of a subclass of ``cls`` with a forward of
+    its own, from which this may be called.
+    """
+    tracer = inputs[0].tracer
+    if module is getattr(tracer, "root", None) or type(module).forward is not cls.forward:
+        return None
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})
 
 
 class ModuleParameter:
@@ -244,7 +257,7 @@ class FourParameters(LearnableActivation):
     p1, p2, p3, p4 = ModuleParameter(), ModuleParameter(), ModuleParameter(), ModuleParameter()
 
     def _initial_values(self) -> dict[str, tuple[float, ...]]:
-        return {name: (value,) for name, value in zip(PARAMETERS, _form(self.init_as))}
+        return {name: (value,) for name, value in zip(PARAMETERS, form_values(self.init_as))}
 
     def parts(self) -> dict[str, tuple]:
         return {"": (self.init_as, self.p1, self.p2, self.p3, self.p4)}
@@ -271,6 +284,8 @@ class LEAF(FourParameters):
     """
 
     def forward(self, u: Tensor) -> Tensor:
+        if isinstance(u, Proxy) and (call := graph_call(self, LEAF, u)) is not None:
+            return call
         return leaf(u, self.p1, self.p2, self.p3, self.p4)
 
 
@@ -284,7 +299,7 @@ class AHAF(LearnableActivation):
     gamma, beta = ModuleParameter(), ModuleParameter()
 
     def _initial_values(self) -> dict[str, tuple[float, ...]]:
-        p1, p2, p3, p4 = _form(self.init_as)
+        p1, p2, p3, p4 = form_values(self.init_as)
         if p2 != 0 or p3 == 0 or p4 != 0:
             raise ValueError(
                 f"init_as is {self.init_as!r}, which is no form of AHAF: y = β·u·σ(γ·u) has p2 = p4 = 0 and p3 ≠ 0"
@@ -295,4 +310,6 @@ class AHAF(LearnableActivation):
         return {"": (self.init_as, self.beta, None, self.gamma, None)}
 
     def forward(self, u: Tensor) -> Tensor:
+        if isinstance(u, Proxy) and (call := graph_call(self, AHAF, u)) is not None:
+            return call
         return ahaf(u, self.beta, self.gamma)

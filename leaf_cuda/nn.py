@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ._types import Device, Form, Size
 from .functional import arithmetic_dtype, leaf_glu
-from .modules import FourParameters, has_all_but_leaf_parameters
+from .modules import FourParameters, graph_call, has_all_but_leaf_parameters
 from .recurrent import CellLEAF, LeafGRU, LeafGRUCell, LeafLSTM, LeafLSTMCell
 
 __all__ = ["CellLEAF", "LeafGLU", "LeafGRU", "LeafGRUCell", "LeafLSTM", "LeafLSTMCell", "LeafMLP"]
@@ -28,6 +29,8 @@ class LeafGLU(FourParameters):
 
     def forward(self, a: Tensor, b: Tensor | None = None) -> Tensor:
         """y, (..., H), from a and b of that shape; or from ``a`` alone, (..., 2·H), with a and b side by side in it."""
+        if isinstance(a, Proxy) and (call := graph_call(self, LeafGLU, a, b)) is not None:
+            return call
         return leaf_glu(a, b, self.p1, self.p2, self.p3, self.p4)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import leaf
-from .modules import LearnableActivation, _form, check_model
+from .modules import LearnableActivation, check_model, form_values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,7 +93,7 @@ def _reference(initial, reference) -> tuple[Callable[[Tensor], Tensor], str]:
         return lambda u: _in_its_dtype(reference, u), f"reference {name}"
     form = initial if reference is None else reference
     try:
-        values = _form(form)
+        values = form_values(form)
     except ValueError as error:
         raise ValueError(f"reference takes a function or a form: {error}") from None
     label = form if isinstance(form, str) else str(tuple(form))

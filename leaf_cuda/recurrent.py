@@ -7,12 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _ops, reference
 from ._types import Device
 from .functional import arithmetic_dtype, needs_reference, run_reference
-from .modules import FORMS, LearnableActivation, has_all_but_leaf_parameters
+from .modules import FORMS, LearnableActivation, graph_call, has_all_but_leaf_parameters
 
 #: (h, c) of an LSTM, h of a GRU.
 State = Tensor | tuple[Tensor, Tensor]
@@ -163,6 +164,8 @@ class _Cell(Recurrent):
         self._add_leaf("leaf", self.weight_hh, per_unit)
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
+        if isinstance(input, Proxy) and (call := graph_call(self, _Cell, input, hx)) is not None:
+            return call
         if not isinstance(input, Tensor):
             self._fail(TypeError, f"input is of type {type(input).__name__}; it takes a tensor")
         if input.dim() not in (1, 2):
@@ -215,6 +218,8 @@ class _Layers(Recurrent, nn.RNNBase):
         """Does nothing: torch's layers lay the weights out for cuDNN, which is not used here."""
 
     def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
+        if isinstance(input, Proxy) and (call := graph_call(self, _Layers, input, hx)) is not None:
+            return call
         packed = isinstance(input, PackedSequence)
         x, batch_sizes, sorted_indices, unsorted_indices = input if packed else (input, None, None, None)
         if not isinstance(x, Tensor):

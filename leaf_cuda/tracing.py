@@ -8,6 +8,7 @@ import copy
 import dis
 import functools
 import inspect
+import itertools
 import random
 import sys
 from collections import OrderedDict, deque
@@ -132,11 +133,14 @@ def _mode(gradients: bool = True, inference: bool = False, autocast: bool = Fals
             torch.clear_autocast_cache()
 
 
-def trace(module: nn.Module, training: bool) -> fx.Graph:
-    """The graph of the module's forward, in train or eval mode. Raises if some calls of forward do something else."""
+def trace(module: nn.Module, training: bool, matters: Callable[[fx.Graph], object]) -> fx.Graph:
+    """The graph of the module's forward, in train or eval mode. Raises if some calls of forward do something else, which
+    takes a dozen traces to find out, so only for a graph that ``matters``."""
     held = _Held(module)
     with _mode():
         graph = _trace_once(module, held, training)
+    if not matters(graph):
+        return graph
     arguments = [node for node in graph.nodes if node.op == "placeholder"]
     if any(node.target.startswith("**") and node.users for node in arguments):
         raise _Untraceable("it looks into its keyword arguments")
@@ -312,6 +316,65 @@ class _Held:
             set_(state)
         for container, contents in self._changed():
             self._refill(container, contents)
+
+
+#: Where a module is compared with the fixed activations: near 0, and far from it, where a clipped one differs.
+_PROBES = torch.logspace(-8, 4, 60, dtype=torch.float64, device="cpu")
+_PROBES = torch.cat([-_PROBES, _PROBES])
+#: The fixed activations that have a form, and their values there.
+_FIXED_VALUES = [
+    (module, module(_PROBES))
+    for module in (*(kind() for kind, fixed in FIXED.items() if fixed.form is not None), nn.GELU("tanh"))
+]
+
+
+def fixed_equal_to(module: nn.Module) -> nn.Module | None:
+    """The fixed activation that a module of another library's or of the user's own class computes, as those of
+    transformers and timm do; None if there is none.
+
+    Such a module has one input, and holds no tensors or modules. In train and in eval mode, it gives the fixed
+    activation's values of numbers in two shapes, and can be traced: nothing that it does depends on the numbers.
+    """
+    if isinstance(module, torch.jit.ScriptModule) or type(module).__module__.startswith("torch."):
+        return None
+    own = vars(module)
+    holds = (
+        *own["_parameters"],
+        *own["_buffers"],
+        *own["_modules"],
+        *(v for v in own.values() if isinstance(v, Tensor)),
+    )
+    if holds or "forward" in own:
+        return None
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):  # it is not to be seen
+        return None
+    if [p.kind for p in parameters] != [inspect.Parameter.POSITIONAL_OR_KEYWORD]:
+        return None
+    shapes = [(-1,), (2, 3, 4, -1)]
+    held, before = _Held(module), modes_of(module)
+    try:
+        results = []
+        with _mode(gradients=False):
+            for training, shape in itertools.product((True, False), shapes):
+                set_modes(dict.fromkeys(before, training))
+                u = _PROBES.clone().view(shape)
+                y = module.forward(u)
+                if type(y) is not Tensor or y.shape != u.shape:
+                    return None
+                results.append(y.double().view(-1))
+        for fixed, values in _FIXED_VALUES:
+            if all(torch.allclose(y, values, rtol=1e-6, atol=1e-6) for y in results):
+                for training in (True, False):
+                    trace(module, training, lambda graph: True)
+                return fixed
+    except Exception:  # whatever the class's own code raises for these inputs
+        pass
+    finally:
+        set_modes(before)
+        held.restore()
+    return None
 
 
 def _comparable(state):

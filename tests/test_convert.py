@@ -21,6 +21,7 @@ from leaf_cuda.convert import freeze_weights, replace_activations
 from leaf_cuda.fixed_activations import FIXED, is_in_place
 from leaf_cuda.models import LeNet5
 from leaf_cuda.nn import CellLEAF, LeafGLU, LeafGRUCell, LeafLSTM
+from leaf_cuda.tracing import fixed_equal_to
 
 
 def make_forward(body):
@@ -417,12 +418,161 @@ def test_class_attribute_of_the_name():
             self.activation = F.gelu
 
         def forward(self, x):
-            return self.activation(x)
+            return self.activation(x) + 1
 
     block = Block()
     report = replace_activations(nn.Sequential(block, nn.ReLU()))
     assert {r.name: r.old for r in report.replaced} == {"0.gelu": "gelu()", "1": "ReLU()"}
     assert block.activation is F.gelu and not report.kept
+
+
+class Act(nn.Module):
+    """A class of another library's for an activation."""
+
+    def __init__(self, body=None, **attributes):
+        super().__init__()
+        self.body, self.calls = body, 0
+        vars(self).update(attributes)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class InPlaceSwish(nn.Module):
+    def forward(self, x):
+        return x.mul_(x.sigmoid())
+
+
+class PythonGELU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act = self._gelu
+
+    def _gelu(self, x):
+        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+    def forward(self, x):
+        return self.act(x)
+
+
+def new_gelu(x):
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3))))
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+def hard_swish(x):
+    return x * F.relu6(x + 3) / 6
+
+
+class Gated(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.fc1, self.fc2, self.act = nn.Linear(6, 6), nn.Linear(6, 6), act
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+@pytest.mark.parametrize(
+    "act, form",
+    [
+        (Act(F.relu), "ReLU"),
+        (Act(F.silu), "SiLU"),
+        (InPlaceSwish(), "SiLU"),
+        (PythonGELU(), "GELU"),
+        (Act(new_gelu), "GELU"),
+        (Act(quick_gelu), "GELU"),
+        (Act(hard_swish), ("Swish", 1.05)),
+    ],
+)
+def test_own_class_of_a_fixed_activation(act, form):
+    """It is one place, also where its formula has another activation in it; and the result pickles."""
+    model = Gated(act)
+    report = replace_activations(model, example_inputs=X)
+    (replaced,) = report.replaced
+    assert (replaced.name, replaced.old, replaced.calls) == ("act", repr(act), 1) and not report.kept
+    assert type(model.act) is LEAF and model.act.init_as == form
+    assert replaced.difference < (1e-12 if vars(act).get("body") is quick_gelu else 0.13)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(X), model(X), rtol=0, atol=0)
+
+
+def noisy(x):
+    return F.relu(x) + torch.randn_like(x)
+
+
+def clipped(x):
+    return torch.clip(F.gelu(x), -20, 20)
+
+
+def by_sum(x):
+    return F.relu(x) if x.sum() < 1e9 else x
+
+
+def flattening(x):
+    return F.relu(x.reshape(-1))
+
+
+def counting_calls(self, x):
+    self.calls += 1
+    return F.relu(x)
+
+
+def counting_in_place(self, x):
+    self.count += 1
+    return F.relu(x)
+
+
+def in_eval_mode(self, x):
+    return x if self.training else F.relu(x)
+
+
+def with_optional(self, x, scale=None):
+    return F.relu(x)
+
+
+class Bound(Act):
+    def forward(self, x):
+        return self.body(self, x)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        *(Act(body) for body in (noisy, clipped, by_sum, flattening)),
+        *(Bound(body) for body in (counting_calls, in_eval_mode)),
+        Bound(counting_in_place, count=torch.zeros(())),
+        type("Optional", (Act,), {"forward": with_optional})(),
+    ],
+)
+def test_class_that_is_no_fixed_activation(act):
+    before = dict(vars(act))
+    assert fixed_equal_to(act) is None and vars(act) == before and before.get("count", 0) == 0
+
+
+def test_own_class_of_a_fixed_activation_and_rules():
+    def converted(rules, **options):
+        model = Gated(Act(new_gelu))
+        report = replace_activations(model, rules=rules, example_inputs=X, **options)
+        return model.act, [k.reason for k in report.kept]
+
+    act, _ = converted({nn.GELU: "SiLU"}, granularity="channel")
+    assert act.init_as == "SiLU" and act.size == (6,)
+    assert converted({Act: "Tanh", nn.GELU: "SiLU"})[0].init_as == "Tanh"
+    assert converted({"act": "Identity"})[0].init_as == "Identity"
+    with pytest.warns(UserWarning, match="nothing replaced"):
+        act, reasons = converted({Act: None})
+    assert type(act) is Act and any("is None" in reason for reason in reasons)
+
+
+def test_own_class_with_hooks():
+    model = Gated(Act(F.relu))
+    model.act.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="it has hooks"):
+        replace_activations(model)
+    assert type(model.act) is Act
 
 
 class OfFloat32(nn.Module):
@@ -553,7 +703,7 @@ def test_class_that_takes_no_subclass():
             raise TypeError("none of mine")
 
         def forward(self, x):
-            return F.relu(x)
+            return F.relu(x) + x
 
     model = nn.Sequential(Final(), nn.SiLU())
     report = replace_activations(model, example_inputs=X)
@@ -666,11 +816,11 @@ def test_trace_that_example_inputs_refute():
 
     class Asking(nn.Module):
         def forward(self, x):
-            return F.relu(x) if type(x) is torch.Tensor else F.relu(x) * 100
+            return F.relu(x) + 1 if type(x) is torch.Tensor else F.relu(x) * 100
 
     class Plain(nn.Module):
         def forward(self, x):
-            return F.silu(x)
+            return F.silu(x) + 1
 
     model = nn.Sequential(Plain(), Asking(), Plain())
     state = dict(vars(model[1]))
@@ -688,7 +838,7 @@ def test_trace_that_example_inputs_do_not_refute():
 
     class Plain(nn.Module):
         def forward(self, x):
-            return F.silu(x)
+            return F.silu(x) + 1
 
     class Drawing(nn.Module):
         def forward(self, x):
@@ -1248,6 +1398,20 @@ def test_on_the_meta_device():
         )
     assert [(r.name, r.difference is None) for r in report.replaced] == [("1", False), ("2", True)]
     assert report.output_difference is None and model[1].p1.shape == (6,)
+
+
+def test_where_parameters_are_registered_on_meta(monkeypatch):
+    """As in accelerate's init_empty_weights, which moves each parameter as it is registered."""
+
+    def register(self, name, p):
+        register_parameter(self, name, p if p is None else nn.Parameter(p.to("meta")))
+
+    register_parameter = nn.Module.register_parameter
+    monkeypatch.setattr(nn.Module, "register_parameter", register)
+    model = nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 4), nn.GELU())
+    differences = [r.difference for r in replace_activations(model).replaced]
+    assert differences[0] < EXACT["SiLU"] and differences[1] < NEAR["GELU"]
+    assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
 def test_in_place_activation_is_seen_in_the_output():

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 import leaf_cuda
+from leaf_cuda.nn import LeafGLU, LeafGRUCell, LeafLSTM, LeafMLP
+from leaf_cuda.optim import split_activation_parameters
 
 
 def network():
@@ -91,11 +93,48 @@ def test_onnx(tmp_path, source):
     torch.testing.assert_close(torch.from_numpy(y), network()(x).detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_fx():
-    traced = torch.fx.symbolic_trace(network())
-    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [leaf_cuda.leaf] * 4
-    x = images(2)
-    assert torch.equal(traced(x), network()(x))
+class OwnLEAF(leaf_cuda.LEAF):
+    def forward(self, u):
+        return 2 * super().forward(u)
+
+
+class OwnLSTM(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.cell = LeafLSTM(4, 3), LeafGRUCell(3, 3)
+
+    def forward(self, x):
+        output, (h, _) = self.rnn(x)
+        return self.cell(output[-1], h[0])
+
+
+@pytest.mark.parametrize(
+    "make, x",
+    [
+        pytest.param(network, lambda: images(2), id="network"),
+        pytest.param(lambda: nn.Sequential(nn.Linear(4, 4), leaf_cuda.AHAF()), lambda: torch.randn(2, 4), id="AHAF"),
+        pytest.param(lambda: nn.Sequential(LeafMLP(4, 8)), lambda: torch.randn(2, 4), id="LeafMLP"),
+        pytest.param(lambda: nn.Sequential(LeafGLU()), lambda: torch.randn(2, 4), id="LeafGLU"),
+        pytest.param(OwnLSTM, lambda: torch.randn(5, 2, 4), id="recurrent"),
+    ],
+)
+def test_fx(make, x):
+    """LEAF stays a module of the traced copy: in its groups of parameters, and in float32 under half()."""
+    model, x = make(), x()
+    traced = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(traced(x), model(x), rtol=0, atol=0)
+    activations = split_activation_parameters(model)[0]
+    assert [id(p) for p in split_activation_parameters(traced)[0]] == [id(p) for p in activations] and activations
+    assert all(p.dtype == torch.float32 for p in split_activation_parameters(traced.half())[0])
+
+
+@pytest.mark.parametrize("make", [lambda: OwnLEAF(), lambda: nn.Sequential(OwnLEAF()), lambda: leaf_cuda.LEAF()])
+def test_fx_looks_into(make):
+    """The root of a trace, and a subclass with a forward of its own."""
+    model, u = make(), torch.randn(2, 3)
+    traced = torch.fx.symbolic_trace(model)
+    assert leaf_cuda.leaf in [node.target for node in traced.graph.nodes]
+    assert torch.equal(traced(u), model(u))
 
 
 def test_fx_of_parameters():
