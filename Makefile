@@ -60,6 +60,7 @@ $(VENV)/.dependencies: pyproject.toml Makefile
 
 # Not editable: the compiled module would lie in the source folder, and fit one torch version only.
 $(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
+	rm -rf build/lib*  # which setuptools adds to only: a module that is gone would be installed again
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps .
 	touch $@
 

@@ -81,7 +81,7 @@ void print(const char* target, const char* dtype, const InnerLoopsByOperation& b
            std::initializer_list<Operation> operations) {
   const char* names[] = {"forward",      "backward",      "double backward", "glu forward", "glu backward",
                          "lstm forward", "lstm backward", "gru forward",     "gru backward"};
-  static_assert(std::size(names) == kOperations);
+  static_assert(std::size(names) == Operations::count);
   for (const Operation operation : operations) {
     const InnerLoops& loops = by_operation[operation];
     std::printf("%-7s %-8s %-15s  ", target, dtype, names[static_cast<int>(operation)]);

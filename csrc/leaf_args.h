@@ -78,29 +78,4 @@ void dispatch_dtype(c10::ScalarType dtype, F f) {
   }
 }
 
-// Calls f with an object of the operation's type.
-template <class F>
-void dispatch_operation(Operation operation, F f) {
-  switch (operation) {
-    case Operation::forward:
-      return f(Forward());
-    case Operation::backward:
-      return f(Backward());
-    case Operation::double_backward:
-      return f(DoubleBackward());
-    case Operation::glu_forward:
-      return f(GluForward());
-    case Operation::glu_backward:
-      return f(GluBackward());
-    case Operation::lstm_forward:
-      return f(LstmForward());
-    case Operation::lstm_backward:
-      return f(LstmBackward());
-    case Operation::gru_forward:
-      return f(GruForward());
-    case Operation::gru_backward:
-      return f(GruBackward());
-  }
-}
-
 }  // namespace leaf_cuda

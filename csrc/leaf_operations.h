@@ -21,14 +21,6 @@ enum class Operation {
   gru_forward,
   gru_backward
 };
-constexpr int kOperations = static_cast<int>(Operation::gru_backward) + 1;
-
-// The maxima over all operations.
-constexpr int kMaxInputs = 7, kMaxOutputs = 5, kMaxParameters = 20, kMaxSums = 20;
-
-template <class Op>
-constexpr bool kWithinMost =
-    Op::inputs <= kMaxInputs && Op::outputs <= kMaxOutputs && 4 * Op::sets <= kMaxParameters && Op::sums <= kMaxSums;
 
 // Size of an array for an operation's sums: at least one element.
 template <class Op>
@@ -192,5 +184,38 @@ struct GruBackward {
     out[4] = in[5] * z;
   }
 };
+
+template <class... Ops>
+struct OperationList {
+  static constexpr int count = sizeof...(Ops);
+
+  // Calls f with an object of the operation's type.
+  template <class F>
+  static void dispatch(Operation operation, const F& f) {
+    ((operation == Ops::operation ? f(Ops()) : void()), ...);
+  }
+
+  // Calls f with an object of each type.
+  template <class F>
+  static constexpr void for_each(const F& f) {
+    (f(Ops()), ...);
+  }
+
+  // The largest of `of`(an object of each type).
+  template <class F>
+  static constexpr int most(const F& of) {
+    int result = 0;
+    ((result = of(Ops()) > result ? of(Ops()) : result), ...);
+    return result;
+  }
+};
+
+using Operations = OperationList<Forward, Backward, DoubleBackward, GluForward, GluBackward, LstmForward, LstmBackward,
+                                 GruForward, GruBackward>;
+
+constexpr int kMaxInputs = Operations::most([](auto op) { return decltype(op)::inputs; });
+constexpr int kMaxOutputs = Operations::most([](auto op) { return decltype(op)::outputs; });
+constexpr int kMaxParameters = Operations::most([](auto op) { return 4 * decltype(op)::sets; });
+constexpr int kMaxSums = Operations::most([](auto op) { return decltype(op)::sums; });
 
 }  // namespace leaf_cuda

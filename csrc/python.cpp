@@ -7,6 +7,8 @@
 #include <torch/headeronly/version.h>
 
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 
 #if defined(LEAF_CUDA_ARCHITECTURES)  // defined by setup.py in a build with CUDA
@@ -65,10 +67,12 @@ struct Plain<f, name, Tensor (*)(Run, Arguments...)> {
       if (count != sizeof...(Arguments) || !(Argument<Arguments>::fits(objects[k]) && ...) || !is_plain_thread() ||
           !has_kernel(operation, THPVariable_Unpack(objects[0])))
         Py_RETURN_NOTIMPLEMENTED;
+      // Held, since another thread may give the objects other tensors.
+      const std::tuple<std::decay_t<Arguments>...> held(Argument<Arguments>::of(objects[k])...);
       Tensor y;
       {
         const py::gil_scoped_release no_gil;
-        y = Dispatched<f>{name}(Argument<Arguments>::of(objects[k])...);
+        y = Dispatched<f>{name}(std::get<k>(held)...);
       }
       return THPVariable_Wrap(std::move(y));
     }(std::index_sequence_for<Arguments...>());

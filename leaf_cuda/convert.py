@@ -568,7 +568,7 @@ class _Conversion:
                 contexts.enter_context(_removing(module.register_forward_pre_hook(still_called)))
             contexts.enter_context(_evaluating(self.model))
             contexts.enter_context(torch.compiler.set_stance("force_eager"))  # compiled calls bypass hooks
-            contexts.enter_context(torch.random.fork_rng())
+            contexts.enter_context(torch.random.fork_rng(self._cuda_devices()))  # by itself it would start every GPU
             contexts.enter_context(torch.no_grad())
             torch.manual_seed(0)
             inputs = tree_map(_copied, dict(self.inputs) if isinstance(self.inputs, Mapping) else self.inputs)
@@ -577,6 +577,11 @@ class _Conversion:
             finally:
                 self._raise_refused()
             return [_values(x) for x in tree_leaves(result) if isinstance(x, Tensor)]
+
+    def _cuda_devices(self) -> set[torch.device]:
+        """Those of the model and of example_inputs."""
+        tensors = (*self.model.parameters(), *self.model.buffers(), *tree_leaves(self.inputs))
+        return {t.device for t in tensors if isinstance(t, Tensor) and t.is_cuda}
 
     # Replacing activations.
 

@@ -44,7 +44,7 @@ def _warn_of_infinity(name: str, t: Tensor) -> None:
         )
 
 
-def form_values(init_as) -> tuple[float, float, float, float]:
+def form_values(init_as: Form) -> tuple[float, float, float, float]:
     """(p1, p2, p3, p4) of a form's name, ("Swish", β), or an explicit tuple of four numbers."""
     if isinstance(init_as, str):
         if init_as in FORMS:
@@ -103,13 +103,16 @@ def _placed_as(t: Tensor, parameter: Tensor | None) -> Tensor:
 def graph_call(module: nn.Module, cls: type[nn.Module], *inputs: Proxy) -> Proxy | None:
     """A call of the module in the graph that torch.fx traces, in which it then is a leaf module, as torch's own are.
 
-    None where the module's forward is to be traced: where it is the root, or of a subclass of ``cls`` with a forward of
-    its own, from which this may be called.
+    None where the module's forward is to be traced: where it is the root, or the tracer looks into torch's own modules,
+    too, or it is of a subclass of ``cls`` with a forward of its own, from which this may be called.
     """
     tracer = inputs[0].tracer
     if module is getattr(tracer, "root", None) or type(module).forward is not cls.forward:
         return None
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})
+    path = tracer.path_of_module(module)
+    if not tracer.is_leaf_module(nn.SiLU(), path):
+        return None
+    return tracer.create_proxy("call_module", path, inputs, {})
 
 
 class ModuleParameter:

@@ -8,7 +8,6 @@ import copy
 import dis
 import functools
 import inspect
-import itertools
 import random
 import sys
 from collections import OrderedDict, deque
@@ -318,63 +317,43 @@ class _Held:
             self._refill(container, contents)
 
 
-#: Where a module is compared with the fixed activations: near 0, and far from it, where a clipped one differs.
-_PROBES = torch.logspace(-8, 4, 60, dtype=torch.float64, device="cpu")
-_PROBES = torch.cat([-_PROBES, _PROBES])
-#: The fixed activations that have a form, and their values there.
-_FIXED_VALUES = [
-    (module, module(_PROBES))
-    for module in (*(kind() for kind, fixed in FIXED.items() if fixed.form is not None), nn.GELU("tanh"))
-]
+def _fixed_computed_by(graph: fx.Graph) -> nn.Module | None:
+    """The fixed activation that has a form and that a graph without attributes computes, by its values of numbers near 0,
+    and far from it, where a clipped one differs, in two shapes."""
+    compute = fx.GraphModule({}, graph)
+    u = torch.logspace(-8, 4, 60, dtype=torch.float64, device="cpu")
+    u = torch.cat([-u, u])
+    with torch.no_grad():
+        results = [compute(u.clone().view(shape)) for shape in ((-1,), (2, 3, 4, -1))]
+        if [y.shape for y in results] != [(120,), (2, 3, 4, 5)]:
+            return None
+        for fixed in (*(kind() for kind, entry in FIXED.items() if entry.form is not None), nn.GELU("tanh")):
+            if all(torch.allclose(y.double().view(-1), fixed(u), rtol=1e-6, atol=1e-6) for y in results):
+                return fixed
+    return None
 
 
 def fixed_equal_to(module: nn.Module) -> nn.Module | None:
     """The fixed activation that a module of another library's or of the user's own class computes, as those of
     transformers and timm do; None if there is none.
 
-    Such a module has one input, and holds no tensors or modules. In train and in eval mode, it gives the fixed
-    activation's values of numbers in two shapes, and can be traced: nothing that it does depends on the numbers.
+    Such a module has one input, and no parameters, buffers or children. What is compared are its traces in train and in
+    eval mode, so nothing that it does depends on its input.
     """
+    own = vars(module)
     if isinstance(module, torch.jit.ScriptModule) or type(module).__module__.startswith("torch."):
         return None
-    own = vars(module)
-    holds = (
-        *own["_parameters"],
-        *own["_buffers"],
-        *own["_modules"],
-        *(v for v in own.values() if isinstance(v, Tensor)),
-    )
-    if holds or "forward" in own:
+    if own["_parameters"] or own["_buffers"] or own["_modules"]:
         return None
     try:
         parameters = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError):  # it is not to be seen
+        if [p.kind for p in parameters] != [inspect.Parameter.POSITIONAL_OR_KEYWORD]:
+            return None
+        graphs = [trace(module, training, _fixed_computed_by) for training in (True, False)]
+        in_train, in_eval = map(_fixed_computed_by, graphs)
+    except Exception:  # whatever the class's own code raises
         return None
-    if [p.kind for p in parameters] != [inspect.Parameter.POSITIONAL_OR_KEYWORD]:
-        return None
-    shapes = [(-1,), (2, 3, 4, -1)]
-    held, before = _Held(module), modes_of(module)
-    try:
-        results = []
-        with _mode(gradients=False):
-            for training, shape in itertools.product((True, False), shapes):
-                set_modes(dict.fromkeys(before, training))
-                u = _PROBES.clone().view(shape)
-                y = module.forward(u)
-                if type(y) is not Tensor or y.shape != u.shape:
-                    return None
-                results.append(y.double().view(-1))
-        for fixed, values in _FIXED_VALUES:
-            if all(torch.allclose(y, values, rtol=1e-6, atol=1e-6) for y in results):
-                for training in (True, False):
-                    trace(module, training, lambda graph: True)
-                return fixed
-    except Exception:  # whatever the class's own code raises for these inputs
-        pass
-    finally:
-        set_modes(before)
-        held.restore()
-    return None
+    return in_train if repr(in_train) == repr(in_eval) else None
 
 
 def _comparable(state):

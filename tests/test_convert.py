@@ -552,6 +552,16 @@ def test_class_that_is_no_fixed_activation(act):
     assert fixed_equal_to(act) is None and vars(act) == before and before.get("count", 0) == 0
 
 
+def test_own_class_is_not_called_with_made_up_numbers():
+    seen = []
+
+    def noting(x):
+        seen.append(type(x))
+        return F.relu(x)
+
+    assert isinstance(fixed_equal_to(Act(noting)), nn.ReLU) and torch.Tensor not in seen
+
+
 def test_own_class_of_a_fixed_activation_and_rules():
     def converted(rules, **options):
         model = Gated(Act(new_gelu))
@@ -1015,6 +1025,13 @@ def test_one_module_of_several_sizes(rules):
     shared = replace_activations(one, example_inputs=x)  # per layer: all calls share one set of parameters
     assert {r.name: r.calls for r in shared.replaced} == {"0.relu": 3, "1": 1} and "for 3 calls" in str(shared)
     assert type(one[0]) is Bottleneck
+
+
+def test_gpus_of_no_use_to_the_model_are_not_started(monkeypatch):
+    """As torch.random.fork_rng does by itself."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail(f"{device} was started"))
+    assert replace_activations(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), example_inputs=X).replaced
 
 
 def test_example_inputs_are_not_changed():

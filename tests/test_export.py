@@ -128,6 +128,17 @@ def test_fx(make, x):
     assert all(p.dtype == torch.float32 for p in split_activation_parameters(traced.half())[0])
 
 
+def test_fx_by_a_tracer_without_leaf_modules():
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return False
+
+    model, u = nn.Sequential(leaf_cuda.LEAF()), torch.randn(2, 3)
+    graph = Tracer().trace(model)
+    assert leaf_cuda.leaf in [node.target for node in graph.nodes]
+    assert torch.equal(torch.fx.GraphModule(model, graph)(u), model(u))
+
+
 @pytest.mark.parametrize("make", [lambda: OwnLEAF(), lambda: nn.Sequential(OwnLEAF()), lambda: leaf_cuda.LEAF()])
 def test_fx_looks_into(make):
     """The root of a trace, and a subclass with a forward of its own."""

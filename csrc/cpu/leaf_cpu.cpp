@@ -408,7 +408,7 @@ void run_columns(const Args& a, const InnerLoops& loops, const Tensor& like) {
 
 void run(const Args& a, const Tensor& like) {
   const InnerLoops& loops = loops_for(a.dtype)[a.operation];
-  dispatch_operation(a.operation, [&](auto operation) {
+  Operations::dispatch(a.operation, [&](auto operation) {
     using Op = decltype(operation);
     if constexpr (!Op::always_pitched)
       if (by_segments(a.plan)) {  // then inner > 1, so there are no lines (Args::line)

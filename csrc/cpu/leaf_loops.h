@@ -56,7 +56,7 @@ struct InnerLoops {
 };
 
 struct InnerLoopsByOperation {
-  InnerLoops loops[kOperations];  // in the enumeration's order
+  InnerLoops loops[Operations::count];  // in the enumeration's order
 
   const InnerLoops& operator[](Operation operation) const { return loops[static_cast<int>(operation)]; }
 };

@@ -446,19 +446,12 @@ constexpr leaf_cuda::cpu::InnerLoops loops() {
     return {Typed<Op, S>::run_segments, Typed<Op, S>::run_columns};
 }
 
-template <class S, class... Ops>
-constexpr leaf_cuda::cpu::InnerLoopsByOperation loops_of(Ops...) {
-  static_assert(sizeof...(Ops) == leaf_cuda::kOperations && (leaf_cuda::kWithinMost<Ops> && ...));
-  leaf_cuda::cpu::InnerLoopsByOperation result{};
-  ((result.loops[static_cast<int>(Ops::operation)] = loops<Ops, S>()), ...);
-  return result;
-}
-
 template <class S>
 constexpr leaf_cuda::cpu::InnerLoopsByOperation loops_by_operation() {
-  using namespace leaf_cuda;
-  return loops_of<S>(Forward(), Backward(), DoubleBackward(), GluForward(), GluBackward(), LstmForward(),
-                     LstmBackward(), GruForward(), GruBackward());
+  leaf_cuda::cpu::InnerLoopsByOperation result{};
+  leaf_cuda::Operations::for_each(
+      [&](auto op) { result.loops[static_cast<int>(decltype(op)::operation)] = loops<decltype(op), S>(); });
+  return result;
 }
 
 }  // namespace

@@ -128,14 +128,14 @@ void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Op::sums, S
 template <class S>
 LaunchPlan plan_launch(const Args& a, int64_t multiprocessors) {
   LaunchPlan b;
-  dispatch_operation(a.operation, [&](auto op) { b = plan_pass<decltype(op), S>(a, multiprocessors); });
+  Operations::dispatch(a.operation, [&](auto op) { b = plan_pass<decltype(op), S>(a, multiprocessors); });
   return b;
 }
 
 // workspace: b.workspace_bytes bytes of device memory.
 template <class S, class Launcher>
 void launch(const Args& a, const LaunchPlan& b, void* workspace, const Launcher& launcher) {
-  dispatch_operation(a.operation, [&](auto op) {
+  Operations::dispatch(a.operation, [&](auto op) {
     using Op = decltype(op);
     using A = Arithmetic<S>;
     SumTarget<Op::sums, S> target{b.sums_wanted, b.sums, static_cast<A*>(workspace), a.dp_dtype, a.parameters.matrix};

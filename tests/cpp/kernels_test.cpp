@@ -115,7 +115,7 @@ struct Expected {
 
 int inputs_of(Operation operation) {
   int inputs = 0;
-  dispatch_operation(operation, [&](auto op) { inputs = op.inputs; });
+  Operations::dispatch(operation, [&](auto op) { inputs = op.inputs; });
   return inputs;
 }
 

@@ -41,7 +41,7 @@ Traffic traffic(const Plan& plan, Operation operation) {
     return data;
   };
   int inputs = 0, outputs = 0, buffers = 0;
-  dispatch_operation(operation, [&](auto op) {
+  Operations::dispatch(operation, [&](auto op) {
     const auto parameter = [&] { return watched(plan.count, 4); };
     for (; inputs < op.inputs; ++inputs) a.in[inputs] = watched(plan.numel(), sizeof(S)), a.in_stride[inputs] = 1;
     for (; outputs < op.outputs; ++outputs) a.out[outputs] = watched(plan.numel(), sizeof(S));
