@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -151,11 +151,12 @@ def replace_activations(
         raise TypeError(f"example_inputs is of type {type(inputs).__name__}; it takes a tensor, a tuple or a dict")
     refused: dict[str, str] = {}
     split: dict[str, str] = {}
+    equal = functools.cache(fixed_equal_to)
     report = None
     while report is None:  # places that a run refuses are kept: all is undone, and done again without them
         with contextlib.ExitStack() as undo:
             try:
-                report = _Conversion(model, defaults, rules, inputs, refused, split, undo).run()
+                report = _Conversion(model, defaults, rules, inputs, refused, split, equal, undo).run()
                 undo.pop_all()
             except _Refused as places:
                 refused |= places.reasons
@@ -259,6 +260,7 @@ class _Place:
     label: str
     options: dict
     is_child: bool = False  # a module of the model itself, neither a function nor a call
+    is_foreign: bool = False  # a child of another class, for which `old` stands
     of_module: str | None = None  # the name of the module that it is a call of
     inputs: list[tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=list)
 
@@ -277,10 +279,11 @@ class _Conversion:
         inputs,
         refused: dict[str, str],
         split: dict[str, str],
+        equal: Callable[[nn.Module], nn.Module | None],
         undo: contextlib.ExitStack,
     ):
         self.model, self.defaults, self.rules, self.inputs = model, defaults, rules, inputs
-        self.refused, self.split, self.undo = refused, split, undo
+        self.refused, self.split, self.equal, self.undo = refused, split, equal, undo
         self.not_split = dict(split)
         self.still_called: set[str] = set()  # those of `split` that other modules still call
         self.refused_now: dict[str, str] = {}
@@ -313,7 +316,7 @@ class _Conversion:
             if called in places:
                 self._check_call(places[called], args, kwargs, traced=True)
         self._raise_refused()
-        self._try_traced()
+        self._try(before)
         self._outputs()
         self._replace()
         self.report.kept += [Kept(str(key), "rule", "it matches no activation") for key in self.unmatched]
@@ -328,12 +331,21 @@ class _Conversion:
 
     # Finding activations. Each method makes a fixed activation a module at one place: later steps know only modules.
 
+    def _known(self, path: str, child: nn.Module) -> nn.Module:
+        """The child, or the fixed activation that it computes if it is of another class. It is only itself if its place
+        was refused: calls in its forward may be replaced then."""
+        was_refused = path in self.refused and path not in self.split
+        if isinstance(child, self.activations) or was_refused or _has_hooks(child):
+            return child
+        return self.equal(child) or child
+
     def _find_children(self, name: str, module: nn.Module) -> None:
         for attribute, child in list(module._modules.items()):
             if child is None:
                 continue
             path = _join(name, attribute)
-            if isinstance(child, self.activations) or fixed_equal_to(child):
+            known = self._known(path, child)
+            if isinstance(known, self.activations):
                 self.inside.update(child.modules())
             if isinstance(child, Recurrent):
                 continue
@@ -341,12 +353,15 @@ class _Conversion:
                 self._keep(path, child, _RECURRENT)
             elif isinstance(child, torch.jit.ScriptModule) and not isinstance(module, torch.jit.ScriptModule):
                 self.report.kept.append(Kept(path, type(child).__name__, "TorchScript cannot be changed"))
-            elif (options := self._decide(path, child)) is not None:
-                if any(hooks for name, hooks in vars(child).items() if name.endswith("_hooks")):
+            elif (options := self._decide(path, known)) is not None:
+                if _has_hooks(child):
                     self._keep(path, child, "it has hooks, which would be lost")
+                elif type(module).__module__ == "torch._dynamo.eval_frame":
+                    self._keep(path, child, "it was compiled alone, and the compiled call would go on with it")
                 else:
-                    own = child if list(child.parameters()) else copy.deepcopy(child)
-                    self._add(_Place(path, module, attribute, own, repr(child), options, is_child=True))
+                    own = known if list(known.parameters()) else copy.deepcopy(known)
+                    is_foreign = known is not child
+                    self._add(_Place(path, module, attribute, own, repr(child), options, True, is_foreign))
 
     def _find_functions(self, name: str, module: nn.Module) -> None:
         """Finds functions in attributes, such as nn.TransformerEncoderLayer's, and functools.partial of them."""
@@ -389,7 +404,8 @@ class _Conversion:
             return
         if own.__module__.startswith("torch.") or isinstance(module, leaves) or cls.forward is nn.Module.forward:
             return
-        split = {a: child for a, child in module._modules.items() if _join(name, a) in self.split}
+        paths = {attribute: _join(name, attribute) for attribute in module._modules}
+        split = {a: self._known(path, module._modules[a]) for a, path in paths.items() if path in self.split}
         names = names_an_activation(cls)
         try:
             graphs = [trace(module, mode, lambda graph: names or calls_of(graph, split)) for mode in (True, False)]
@@ -408,7 +424,7 @@ class _Conversion:
             path = _join(name, attribute)
             of_module = _join(name, node.target) if node.op == "call_module" else None
             self.not_split.pop(of_module, None)
-            label = f"{called_name(node)}()" if of_module is None else repr(split[node.target])
+            label = f"{called_name(node)}()" if of_module is None else repr(module._modules[node.target])
             if isinstance(fixed, str):
                 self.report.kept.append(Kept(path, label, fixed))
             elif (options := self._decide(path, fixed, of_module)) is not None:
@@ -442,9 +458,7 @@ class _Conversion:
         a line in the report where a user would expect one."""
         kind = type(fixed)
         if not isinstance(fixed, self.activations):
-            if (equal := fixed_equal_to(fixed)) is None:
-                return None
-            kind = type(equal)
+            return None
         names = {path, of_module or path}
         matches = (
             key
@@ -508,40 +522,46 @@ class _Conversion:
             )
         place.parent.add_module(place.attribute, module)
 
-    def _try_traced(self) -> None:
-        """Takes back traced forwards that compute something else, before the fixed activations in them are replaced."""
-        if self.inputs is None or not self.traced:
+    def _try(self, before: list | None) -> None:
+        """Takes back what computes something else from example_inputs, before the fixed activations are replaced:
+        those that stand for modules of other classes, and traced forwards."""
+        if before is None:
             return
         for t in self.traced:
             t.take_back()
+        foreign = [place.name for place in self.places if place.is_foreign]
+        if foreign and not self._gives(before):
+            raise _Refused(dict.fromkeys(foreign, ""))
+        if not self.traced:
+            return
         expected = self._outputs()
-        if not _are_near(expected, self._outputs()):  # the model does not even repeat its own outputs
+        if not self._gives(expected):  # the model does not even repeat its own outputs
             for t in self.traced:
                 t.put()
             return
-
-        def as_expected() -> bool:
-            try:
-                return _are_near(expected, self._outputs())
-            except _Refused:
-                raise
-            except Exception:  # whatever the model's own code raises
-                return False
-
         for t in self.traced:
             t.put()
-        if as_expected():
+        if self._gives(expected):
             return
         for t in self.traced:
             t.take_back()
         for t in self.traced:
             t.put()
-            if as_expected():
+            if self._gives(expected):
                 continue
             t.take_back()
             self.places = [p for p in self.places if p.parent is not t.module or p.attribute not in t.calls]
             reason = "its trace by torch.fx computes something else from example_inputs"
             self.report.kept.append(Kept(t.name or "the model", "calls in its forward", reason))
+
+    def _gives(self, expected: list) -> bool:
+        """Whether the model's outputs are the expected ones. They are not if it raises."""
+        try:
+            return _are_near(expected, self._outputs())
+        except _Refused:
+            raise
+        except Exception:  # whatever the model's own code raises
+            return False
 
     # Running the model.
 
@@ -652,6 +672,10 @@ class _Refused(Exception):
     def __init__(self, reasons: dict[str, str]):
         super().__init__(reasons)
         self.reasons = reasons
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
 
 
 def _join(name: str, attribute: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
+from torch.fx import Proxy, Tracer
 from typing_extensions import Self
 
 from ._ops import PARAMETERS
@@ -103,16 +103,21 @@ def _placed_as(t: Tensor, parameter: Tensor | None) -> Tensor:
 def graph_call(module: nn.Module, cls: type[nn.Module], *inputs: Proxy) -> Proxy | None:
     """A call of the module in the graph that torch.fx traces, in which it then is a leaf module, as torch's own are.
 
-    None where the module's forward is to be traced: where it is the root, or the tracer looks into torch's own modules,
-    too, or it is of a subclass of ``cls`` with a forward of its own, from which this may be called.
+    None where the module's forward is to be traced: where it is the root, or not in it; where the tracer looks into
+    torch's own modules, too; and where more than the forward of ``cls`` is called (hooks, a forward or ``__call__`` of
+    the instance or of a subclass), since that is under way already.
     """
-    tracer = inputs[0].tracer
-    if module is getattr(tracer, "root", None) or type(module).forward is not cls.forward:
+    tracer, own = inputs[0].tracer, vars(module)
+    hooks = [h for of in (own, vars(nn.modules.module)) for name, h in of.items() if name.endswith("_hooks")]
+    if any(hooks) or "forward" in own or not isinstance(tracer, Tracer) or module is tracer.root:
         return None
-    path = tracer.path_of_module(module)
-    if not tracer.is_leaf_module(nn.SiLU(), path):
+    if type(module).forward is not cls.forward or type(module).__call__ is not nn.Module.__call__:
         return None
-    return tracer.create_proxy("call_module", path, inputs, {})
+    try:
+        path = tracer.path_of_module(module)
+    except NameError:
+        return None
+    return tracer.create_proxy("call_module", path, inputs, {}) if tracer.is_leaf_module(nn.SiLU(), path) else None
 
 
 class ModuleParameter:

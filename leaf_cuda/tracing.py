@@ -317,18 +317,26 @@ class _Held:
             self._refill(container, contents)
 
 
+def _value_and_gradient(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> list[Tensor]:
+    """A function's values of 120 numbers, near 0 and far from it, in a shape, and the gradient of their weighted sum. They
+    tell an elementwise function: no mean of the numbers is 0, and a dependence among elements is in the gradient."""
+    u = torch.logspace(-8, 6, 60, dtype=torch.float64, device="cpu")
+    u = torch.cat([-u, 0.7 * u]).requires_grad_()
+    y = function(u.view(shape).clone())
+    if y.shape != u.view(shape).shape or y.dtype != u.dtype:
+        raise _Untraceable("it changes the shape or the dtype")
+    weights = torch.linspace(1, 2, len(u), dtype=u.dtype, device="cpu").view(shape)
+    return [y.detach().flatten(), *torch.autograd.grad((y * weights).sum(), u)]
+
+
 def _fixed_computed_by(graph: fx.Graph) -> nn.Module | None:
-    """The fixed activation that has a form and that a graph without attributes computes, by its values of numbers near 0,
-    and far from it, where a clipped one differs, in two shapes."""
-    compute = fx.GraphModule({}, graph)
-    u = torch.logspace(-8, 4, 60, dtype=torch.float64, device="cpu")
-    u = torch.cat([-u, u])
-    with torch.no_grad():
-        results = [compute(u.clone().view(shape)) for shape in ((-1,), (2, 3, 4, -1))]
-        if [y.shape for y in results] != [(120,), (2, 3, 4, 5)]:
-            return None
+    """The fixed activation that has a form and that a graph without attributes computes, by values and gradients."""
+    compute = fx.GraphModule({}, graph).forward
+    with torch.enable_grad():
+        results = [_value_and_gradient(compute, shape) for shape in ((-1,), (2, 3, 4, -1))]
         for fixed in (*(kind() for kind, entry in FIXED.items() if entry.form is not None), nn.GELU("tanh")):
-            if all(torch.allclose(y.double().view(-1), fixed(u), rtol=1e-6, atol=1e-6) for y in results):
+            expected = _value_and_gradient(fixed, (-1,))
+            if all(torch.allclose(a, b, rtol=1e-6, atol=1e-6) for r in results for a, b in zip(r, expected)):
                 return fixed
     return None
 
@@ -337,17 +345,21 @@ def fixed_equal_to(module: nn.Module) -> nn.Module | None:
     """The fixed activation that a module of another library's or of the user's own class computes, as those of
     transformers and timm do; None if there is none.
 
-    Such a module has one input, and no parameters, buffers or children. What is compared are its traces in train and in
-    eval mode, so nothing that it does depends on its input.
+    Such a module has one input, no parameters, buffers or children, and no public methods but those of nn.Module. What
+    is compared are its traces in train and in eval mode, so nothing that it does depends on its input.
     """
-    own = vars(module)
-    if isinstance(module, torch.jit.ScriptModule) or type(module).__module__.startswith("torch."):
+    cls, own = type(module), vars(module)
+    if isinstance(module, torch.jit.ScriptModule) or cls.__module__.startswith("torch."):
         return None
-    if own["_parameters"] or own["_buffers"] or own["_modules"]:
+    if own["_parameters"] or own["_buffers"] or own["_modules"] or cls.__call__ is not nn.Module.__call__:
         return None
+    added = {k: v for c in cls.__mro__ if c not in nn.Module.__mro__ for k, v in vars(c).items() if k[0] != "_"}
+    if any((callable(v) or isinstance(v, property)) and not hasattr(nn.Module, k) for k, v in added.items()):
+        return None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
-        parameters = inspect.signature(module.forward).parameters.values()
-        if [p.kind for p in parameters] != [inspect.Parameter.POSITIONAL_OR_KEYWORD]:
+        kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+        if len(kinds) != 1 or kinds[0] not in positional:
             return None
         graphs = [trace(module, training, _fixed_computed_by) for training in (True, False)]
         in_train, in_eval = map(_fixed_computed_by, graphs)
@@ -383,22 +395,25 @@ def names_an_activation(cls: type[nn.Module]) -> bool:
     function, method or class of modules. If not, it hardly calls one."""
     classes = [c for c in cls.__mro__ if issubclass(c, nn.Module) and c is not nn.Module]
     functions, seen = [vars(c)["forward"] for c in classes if "forward" in vars(c)], set()
-    while functions:
-        function = inspect.unwrap(functions.pop())
-        if not isinstance(function, FunctionType):
-            return True  # its code cannot be seen
-        if function in seen or function.__module__.startswith("torch."):
-            continue
-        seen.add(function)
-        names = _names(function.__code__)
-        known = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
-        scopes = [known, *(vars(known[name]) for name in names if isinstance(known.get(name), ModuleType))]
-        scopes += map(vars, classes)
-        named = [scope[name] for scope in scopes for name in names if name in scope]
-        named = [getattr(x, "__func__", x) for x in named]
-        if names & CALLED_NAMES or any(isinstance(x, type) and x in FIXED or module_type(x) for x in named):
-            return True
-        functions += [x for x in named if isinstance(x, FunctionType)]
+    try:
+        while functions:
+            function = inspect.unwrap(functions.pop())
+            if not isinstance(function, FunctionType):
+                return True  # its code cannot be seen
+            if function in seen or function.__module__.startswith("torch."):
+                continue
+            seen.add(function)
+            names = _names(function.__code__)
+            known = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
+            scopes = [known, *(vars(known[name]) for name in names if isinstance(known.get(name), ModuleType))]
+            scopes += map(vars, classes)
+            named = [scope[name] for scope in scopes for name in names if name in scope]
+            named = [getattr(x, "__func__", x) for x in named]
+            if names & CALLED_NAMES or any(isinstance(x, type) and x in FIXED or module_type(x) for x in named):
+                return True
+            functions += [x for x in named if isinstance(x, FunctionType)]
+    except Exception:  # names may be unbound, and what they refer to may raise when it is looked at
+        return True
     return False
 
 

@@ -7,6 +7,7 @@ import functools
 import math
 import pickle
 import random
+import threading
 from types import SimpleNamespace
 
 import numpy
@@ -577,12 +578,112 @@ def test_own_class_of_a_fixed_activation_and_rules():
     assert type(act) is Act and any("is None" in reason for reason in reasons)
 
 
-def test_own_class_with_hooks():
-    model = Gated(Act(F.relu))
-    model.act.register_forward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match="it has hooks"):
+class Flow(Act):
+    def inverse(self, y):
+        return torch.atanh(y)
+
+
+class Doubled(Act):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Watched(Act):
+    """Its model reads an attribute of it."""
+
+
+class Watching(Gated):
+    def forward(self, x):
+        return super().forward(x) * self.act.gain
+
+
+def hooked(act):
+    act.register_forward_hook(lambda module, args, output: 2 * output)
+    return act
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Gated(Act(lambda x: F.relu(x - x.mean(0, keepdim=True)))),
+        Gated(Act(lambda x: F.relu(x - x.median()))),
+        Gated(Act(lambda x: F.relu(x).clamp(max=6e4))),
+        Gated(Act(lambda x: x + (F.relu(x) - x).detach())),
+        Gated(Act(lambda x: F.relu(x.detach()))),
+        Gated(Doubled(F.relu)),
+        Gated(hooked(Act(F.relu))),
+        Watching(Watched(F.relu, gain=3.0)),
+    ],
+)
+def test_own_class_that_does_more(model):
+    """What its forward calls is replaced instead."""
+
+    def output_and_gradient():
+        model.zero_grad()
+        y = model(X)
+        y.sum().backward()
+        return y.detach(), model.fc1.weight.grad
+
+    expected, expected_gradient = output_and_gradient()
+    (replaced,) = replace_activations(model, example_inputs=X).replaced
+    assert replaced.name.startswith("act.")
+    y, gradient = output_and_gradient()
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
+    assert (gradient is None) == (expected_gradient is None)
+    if gradient is not None:
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_own_class_of_another_dtype_and_with_methods():
+    half = nn.Sequential(nn.Linear(6, 6, dtype=torch.bfloat16), Act(lambda x: F.gelu(x.float())), nn.Linear(6, 6))
+    replace_activations(half)
+    assert half(X.bfloat16()).dtype == torch.float32
+    model = Gated(Flow(torch.tanh))
+    assert [r.name for r in replace_activations(model).replaced] == ["act.body"]
+    torch.testing.assert_close(model.act.inverse(torch.tanh(X / 9)), X / 9, rtol=1e-4, atol=1e-4)
+
+
+def test_own_class_called_by_keyword():
+    model = make_forward(lambda self, x: self.fc2(self.act(x=self.fc1(x)) if x.sum() < 1e9 else x))
+    model.act = Act(F.relu)
+    report = replace_activations(model, example_inputs=X)
+    assert [r.name for r in report.replaced] == ["act.body"] and report.output_difference < 1e-5
+
+
+def test_own_class_that_cannot_be_copied():
+    """A lock; and the way back to the model, of which each copy would hold another."""
+    model = nn.Sequential(*(Act(F.relu, lock=threading.Lock()) for _ in range(12)))
+    for act in model:
+        act.owner = [model]
+    assert len(replace_activations(model).replaced) == 12 and all(type(m) is LEAF for m in model)
+
+
+@pytest.mark.parametrize("act", [nn.SiLU(), Act(F.silu)])
+def test_activation_that_is_compiled_alone(act):
+    """The compiled call would go on with the activation, and LEAF be never called."""
+    model = nn.Sequential(nn.Linear(6, 6), torch.compile(act, backend="eager"))
+    expected = model(X)
+    with pytest.warns(UserWarning) if type(act) is nn.SiLU else contextlib.nullcontext():
         replace_activations(model)
-    assert type(model.act) is Act
+    torch.testing.assert_close(model(X), expected)
+    model(X).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+class AttributeDict(dict):
+    __getattr__ = dict.__getitem__
+
+
+SETTINGS = AttributeDict(scale=2.0)
+
+
+def test_forward_that_names_anything():
+    def later(self, x):
+        return self.fc1(x) * SETTINGS.scale if x.sum() > 0 else unbound
+
+    model = nn.Sequential(make_forward(lambda self, x: self.fc1(x) * SETTINGS.scale), make_forward(later), nn.ReLU())
+    assert [r.name for r in replace_activations(model).replaced] == ["2"]
+    unbound = None  # noqa: F841
 
 
 class OfFloat32(nn.Module):

@@ -128,6 +128,37 @@ def test_fx(make, x):
     assert all(p.dtype == torch.float32 for p in split_activation_parameters(traced.half())[0])
 
 
+class Called(leaf_cuda.LEAF):
+    def __call__(self, u):
+        return 2 * super().__call__(u)
+
+
+def hooked(module, register):
+    getattr(module, register)(lambda module, args, *output: 2 * (output or args)[0])
+    return module
+
+
+def wrapped(module):
+    forward = module.forward
+    module.forward = lambda u: 2 * forward(u)
+    return module
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: hooked(leaf_cuda.LEAF(init_as="SiLU"), "register_forward_hook"),
+        lambda: hooked(leaf_cuda.AHAF(init_as="SiLU"), "register_forward_pre_hook"),
+        lambda: wrapped(leaf_cuda.LEAF(init_as="SiLU")),
+        lambda: Called(init_as="SiLU"),
+    ],
+)
+def test_fx_of_calls_that_do_more(make):
+    """Once, not in the graph and in the module that it calls."""
+    model, u = nn.Sequential(make()), torch.randn(2, 3)
+    assert torch.equal(torch.fx.symbolic_trace(model)(u), model(u))
+
+
 def test_fx_by_a_tracer_without_leaf_modules():
     class Tracer(torch.fx.Tracer):
         def is_leaf_module(self, module, name):
