@@ -212,6 +212,7 @@ struct OperationList {
 
 using Operations = OperationList<Forward, Backward, DoubleBackward, GluForward, GluBackward, LstmForward, LstmBackward,
                                  GruForward, GruBackward>;
+static_assert(Operations::count == static_cast<int>(Operation::gru_backward) + 1, "an operation is not in the list");
 
 constexpr int kMaxInputs = Operations::most([](auto op) { return decltype(op)::inputs; });
 constexpr int kMaxOutputs = Operations::most([](auto op) { return decltype(op)::outputs; });

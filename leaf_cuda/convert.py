@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ._types import Form
 from .fixed_activations import FIXED, module_type
 from .functional import arithmetic_dtype, leaf
-from .modules import AHAF, LEAF, LearnableActivation, check_model, form_values, size_of
+from .modules import AHAF, LEAF, LearnableActivation, check_model, form_values, has_hooks, size_of
 from .optim import split_activation_parameters
 from .recurrent import Recurrent
 from .tracing import (
@@ -335,7 +335,7 @@ class _Conversion:
         """The child, or the fixed activation that it computes if it is of another class. It is only itself if its place
         was refused: calls in its forward may be replaced then."""
         was_refused = path in self.refused and path not in self.split
-        if isinstance(child, self.activations) or was_refused or _has_hooks(child):
+        if isinstance(child, self.activations) or was_refused or has_hooks(child):
             return child
         return self.equal(child) or child
 
@@ -354,7 +354,7 @@ class _Conversion:
             elif isinstance(child, torch.jit.ScriptModule) and not isinstance(module, torch.jit.ScriptModule):
                 self.report.kept.append(Kept(path, type(child).__name__, "TorchScript cannot be changed"))
             elif (options := self._decide(path, known)) is not None:
-                if _has_hooks(child):
+                if has_hooks(child):
                     self._keep(path, child, "it has hooks, which would be lost")
                 elif type(module).__module__ == "torch._dynamo.eval_frame":
                     self._keep(path, child, "it was compiled alone, and the compiled call would go on with it")
@@ -672,10 +672,6 @@ class _Refused(Exception):
     def __init__(self, reasons: dict[str, str]):
         super().__init__(reasons)
         self.reasons = reasons
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
 
 
 def _join(name: str, attribute: str) -> str:

@@ -6,6 +6,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -100,6 +101,11 @@ def _placed_as(t: Tensor, parameter: Tensor | None) -> Tensor:
     return distribute_tensor(t, parameter.device_mesh, parameter.placements)
 
 
+def has_hooks(module: nn.Module | ModuleType) -> bool:
+    """Whether a module has hooks, or ``torch.nn.modules.module`` has some for all modules."""
+    return any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
+
+
 def graph_call(module: nn.Module, cls: type[nn.Module], *inputs: Proxy) -> Proxy | None:
     """A call of the module in the graph that torch.fx traces, in which it then is a leaf module, as torch's own are.
 
@@ -107,9 +113,10 @@ def graph_call(module: nn.Module, cls: type[nn.Module], *inputs: Proxy) -> Proxy
     torch's own modules, too; and where more than the forward of ``cls`` is called (hooks, a forward or ``__call__`` of
     the instance or of a subclass), since that is under way already.
     """
-    tracer, own = inputs[0].tracer, vars(module)
-    hooks = [h for of in (own, vars(nn.modules.module)) for name, h in of.items() if name.endswith("_hooks")]
-    if any(hooks) or "forward" in own or not isinstance(tracer, Tracer) or module is tracer.root:
+    tracer = inputs[0].tracer
+    if not isinstance(tracer, Tracer) or module is tracer.root:
+        return None
+    if has_hooks(module) or has_hooks(nn.modules.module) or "forward" in vars(module):
         return None
     if type(module).forward is not cls.forward or type(module).__call__ is not nn.Module.__call__:
         return None
