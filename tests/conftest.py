@@ -83,11 +83,17 @@ def device(request):
             yield "cpu"
         return
     if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("torch.cuda.is_available() is False")
-        if leaf_cuda.backend_for(torch.empty(0, device="cuda")) != "cuda":
-            pytest.skip("this build of leaf_cuda is without CUDA")
+        request.getfixturevalue("needs_cuda")
     yield request.param
+
+
+@pytest.fixture
+def needs_cuda():
+    """Skips the test where there is no GPU, or no CUDA backend."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch.cuda.is_available() is False")
+    if leaf_cuda.backend_for(torch.empty(0, device="cuda")) != "cuda":
+        pytest.skip("this build of leaf_cuda is without CUDA")
 
 
 @pytest.fixture

@@ -354,14 +354,13 @@ def test_compile_of_a_module():
 
 
 def cuda_graph_case(granularity):
-    if not torch.cuda.is_available():
-        pytest.skip("torch.cuda.is_available() is False")
     shape, shapes = GRANULARITIES[granularity](16, 8, 12, 20)
     u, parameters, g = draw(shape, shapes, dtype=torch.float32, device="cuda")
     return u, [p.requires_grad_() for p in parameters], g
 
 
 @pytest.mark.cuda
+@pytest.mark.usefixtures("needs_cuda")
 @pytest.mark.parametrize("granularity", ["layer", "channel", "features"])
 def test_cuda_graph(granularity):
     """Forward and backward, captured once and replayed with other numbers."""
@@ -386,6 +385,7 @@ def test_cuda_graph(granularity):
 
 
 @pytest.mark.cuda
+@pytest.mark.usefixtures("needs_cuda")
 @pytest.mark.parametrize("granularity", ["layer", "channel", "features"])
 def test_compile_with_reduced_overhead(granularity):
     torch._dynamo.reset()

@@ -1,0 +1,29 @@
+"""Compiles what is in tests/emulation, once for each torch."""
+
+import fcntl
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parent.parent
+EMULATION = ROOT / "tests/emulation"
+BUILD = ROOT / "build" / f"emulation-torch-{torch.__version__}"
+
+
+def load(name: str, sources: list[Path], cflags: tuple[str, ...] = (), ldflags: tuple[str, ...] = ()) -> None:
+    """Compiles the sources, with the emulation, to a library of operators, unless that is up to date, and loads it."""
+    build = BUILD / name
+    build.mkdir(parents=True, exist_ok=True)
+    with (build / "one-at-a-time").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the process ends; torch's own lock, a file, may outlive it
+        (build / "lock").unlink(missing_ok=True)
+        cpp_extension.load(
+            name,
+            [str(path) for path in (*sources, EMULATION / "cuda_emulation.cpp")],
+            extra_include_paths=[str(EMULATION / "include")],
+            extra_cflags=["-O2", "-g0", "-Wno-unknown-pragmas", "-Wno-psabi", *cflags],
+            extra_ldflags=list(ldflags),
+            build_directory=str(build),
+            is_python_module=False,
+        )
