@@ -22,7 +22,7 @@ def load(name: str, sources: list[Path], cflags: tuple[str, ...] = (), ldflags: 
             name,
             [str(path) for path in (*sources, EMULATION / "cuda_emulation.cpp")],
             extra_include_paths=[str(EMULATION / "include")],
-            extra_cflags=["-O2", "-g0", "-Wno-unknown-pragmas", "-Wno-psabi", *cflags],
+            extra_cflags=["-std=c++20", "-O2", "-g0", "-Wno-unknown-pragmas", "-Wno-psabi", *cflags],
             extra_ldflags=list(ldflags),
             build_directory=str(build),
             is_python_module=False,
