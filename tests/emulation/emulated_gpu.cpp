@@ -151,6 +151,8 @@ void run_on_host(const c10::OperatorHandle& op, Stack* stack) {
       });
     }
   }
+  // Held, since boxed calls of several `out` return references into arguments that they have dropped.
+  const std::vector<IValue> on_hosts(stack->end() - count, stack->end());
   synchronize(device);
   op.callBoxed(stack);
   for (size_t r = 0; r < schema.returns().size(); ++r) {
@@ -163,9 +165,10 @@ void run_on_host(const c10::OperatorHandle& op, Stack* stack) {
     for (size_t k = 0; k < count; ++k) {
       const c10::AliasInfo* own = schema.arguments()[k].alias_info();
       if (!own || *own != *written) continue;
-      if (result.isTensor() && arguments[k].toTensor().sizes() != result.toTensor().sizes())
-        write_on_device(arguments[k].toTensor().resize_(result.toTensor().sizes()), result.toTensor());
       result = arguments[k];
+      if (!result.isTensor()) continue;
+      const at::Tensor &to = result.toTensor(), &from = on_hosts[k].toTensor();
+      if (to.sizes() != from.sizes()) write_on_device(to.resize_(from.sizes()), from);
     }
   }
 }
