@@ -1,4 +1,4 @@
-"""Runs the tests that need a GPU without one: the CUDA build of torch and of this package, as they are, on an emulated
+"""Runs the tests that need a GPU without one: the CUDA builds of torch and of this package, as they are, on an emulated
 CUDA runtime (tests/emulation/emulated_runtime.cpp, emulated_gpu.cpp).
 
     python tests/emulated_gpu.py [pytest's arguments]
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulation_build import BUILD, EMULATION, load
+from emulation_build import EMULATION, folder, load
 
-RUNTIME = BUILD / "runtime/libemulated_runtime.so"
+import leaf_cuda
 
 _NO_CELLS = "PyTorch has no CPU kernel for its recurrent layers' CUDA operators"
 #: Tests that this does not emulate enough for, by the beginning of their names.
@@ -29,20 +29,29 @@ NEEDS_A_GPU = {
 }
 
 
-def build_runtime() -> None:
-    nvcc = shutil.which("nvcc") or f"{os.environ['CUDA_HOME']}/bin/nvcc"  # for the headers: this is no CUDA code
-    RUNTIME.parent.mkdir(parents=True, exist_ok=True)
-    command = [nvcc, "-std=c++20", "-O1", "-shared", "-Xcompiler=-fPIC,-Wall", "--cudart=none", "-ldl"]
-    subprocess.run([*command, "-o", RUNTIME, EMULATION / "emulated_runtime.cpp"], check=True)
-    driver = RUNTIME.parent / "libcuda.so.1"
-    driver.unlink(missing_ok=True)
-    driver.symlink_to(RUNTIME.name)
+def build_runtime() -> Path:
+    """Compiles the runtime. Returns its file, beside which libcuda.so.1 lies."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc")  # for its headers: this is no CUDA code
+    if nvcc is None:
+        sys.exit("emulated_gpu.py: there is no nvcc on PATH, and CUDA_HOME is not set")
+    with folder("emulated_runtime") as build:
+        library, driver = build / "libemulated_runtime.so", build / "libcuda.so.1"
+        command = [nvcc, "-std=c++20", "-O1", "-shared", "-Xcompiler=-fPIC,-Wall", "--cudart=none", "-ldl"]
+        subprocess.run([*command, "-o", library, EMULATION / "emulated_runtime.cpp"], check=True)
+        driver.unlink(missing_ok=True)
+        driver.symlink_to(library.name)
+    return library
 
 
 def pytest_configure() -> None:
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or torch.cuda.get_device_name() != "emulated GPU":
         pytest.exit("start the tests by `python tests/emulated_gpu.py`", returncode=1)
-    load("emulated_gpu", [EMULATION / "emulated_gpu.cpp"], ldflags=(f"-L{RUNTIME.parent}", "-lemulated_runtime"))
+    runtime = Path(os.environ["LD_PRELOAD"].split(os.pathsep)[0]).parent
+    load("emulated_gpu", [EMULATION / "emulated_gpu.cpp"], ldflags=(f"-L{runtime}", "-lemulated_runtime"))
+    # Else tests would be skipped.
+    if torch.cuda.device_count() != 2 or leaf_cuda.backend_for(torch.empty(0, device="cuda")) != "cuda":
+        pytest.exit("there are no two emulated GPUs, or leaf_cuda has no CUDA backend", returncode=1)
     # PyTorch's choice among CUDA's libraries, none of which runs here.
     torch.backends.cudnn.enabled = False
     for use in (
@@ -61,10 +70,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 if __name__ == "__main__":
-    build_runtime()
+    runtime = build_runtime()
     paths = {
-        "LD_PRELOAD": RUNTIME,
-        "LD_LIBRARY_PATH": RUNTIME.parent,
+        "LD_PRELOAD": runtime,
+        "LD_LIBRARY_PATH": runtime.parent,
         "PYTHONPATH": Path(__file__).parent,
     }
     environment = os.environ | {

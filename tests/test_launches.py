@@ -16,14 +16,15 @@ def launches_of(request, run):
     param = request.node.callspec.params["device"]
     counted = param == "emulated" or (param == "cuda" and torch.cuda.get_device_name() == "emulated GPU")
     profiled = param == "cuda" and not counted
-    before = torch.ops.leaf_cuda_emulated.launches() if counted else 0
+    launches = torch.ops.emulated_gpu.launches if param == "cuda" else torch.ops.leaf_cuda_emulated.launches
+    before = launches() if counted else 0
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * profiled) as recorded:
         run()
         if profiled:
             torch.cuda.synchronize()
     operations = {e.name for e in recorded.events() if e.name.startswith("aten::")}
     if counted:
-        return torch.ops.leaf_cuda_emulated.launches() - before, operations
+        return launches() - before, operations
     if profiled:
         return sum(e.device_type == DeviceType.CUDA for e in recorded.events()), operations
     return None, operations

@@ -99,7 +99,7 @@ LaunchPlan plan_pass(const Args& a, int64_t multiprocessors) {
 template <class Op, class S, int N, class Launcher>
 void launch_pass(const Args& a, const LaunchPlan& b, const SumTarget<Op::sums, S>& target, const Launcher& launch) {
   using A = Arithmetic<S>;
-  Operands<Op, S> operands;
+  Operands<Op, S> operands{};
   for (int k = 0; k < Op::inputs; ++k) {
     operands.in[k] = static_cast<const S*>(a.in[k]);
     operands.stride[k] = a.in_stride[k];

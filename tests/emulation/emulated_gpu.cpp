@@ -34,7 +34,7 @@ c10::DeviceIndex current_device() { return c10::impl::VirtualGuardImpl(at::kCUDA
 
 std::atomic<int64_t> launched{0};
 
-// No pointer among the words of a kernel's argument is one into another device's memory.
+// Throws if a word of a kernel's argument points into another device's memory.
 template <class P>
 void check_device(const P& argument) {
   for (size_t at = 0; at + sizeof(void*) <= sizeof argument; at += sizeof(void*)) {
@@ -92,7 +92,7 @@ at::Tensor on_host(const at::Tensor& t) {
 
 void synchronize(at::Device device) {
   const c10::impl::VirtualGuardImpl cuda(at::kCUDA);
-  cuda.synchronizeStream(cuda.getStream(device));
+  cuda_emulation::finish_before_host(device.index(), cuda.getStream(device).native_handle());
 }
 
 // Synchronises after allocating: the memory may have been freed while a kernel that uses it was waiting.
@@ -131,8 +131,9 @@ void run_on_host(const c10::OperatorHandle& op, Stack* stack) {
   const size_t count = schema.arguments().size();
   const std::vector<IValue> arguments(stack->end() - count, stack->end());
   at::Device device(at::kCUDA, current_device());
+  std::set<at::DeviceIndex> devices;
   const auto see = [&](const at::Tensor& t) {
-    if (t.defined() && t.is_cuda()) device = t.device();
+    if (t.defined() && t.is_cuda()) devices.insert((device = t.device()).index());
     return t;
   };
   for (auto argument = arguments.rbegin(); argument != arguments.rend(); ++argument) map_tensors(*argument, see);
@@ -144,7 +145,7 @@ void run_on_host(const c10::OperatorHandle& op, Stack* stack) {
       if (value.toDevice().has_index()) device = value.toDevice();
       value = at::Device(at::kCPU);
     } else if (value.isGenerator()) {
-      value = IValue();
+      TORCH_CHECK(false, schema.operator_name(), ": an emulated GPU has no generators");
     } else {
       value = map_tensors(value, [&](const at::Tensor& t) {
         return resizable ? at::empty(t.sizes(), t.options().device(at::kCPU)) : on_host(t);
@@ -153,7 +154,7 @@ void run_on_host(const c10::OperatorHandle& op, Stack* stack) {
   }
   // Held, since boxed calls of several `out` return references into arguments that they have dropped.
   const std::vector<IValue> on_hosts(stack->end() - count, stack->end());
-  synchronize(device);
+  for (const at::DeviceIndex d : devices) synchronize({at::kCUDA, d});
   op.callBoxed(stack);
   for (size_t r = 0; r < schema.returns().size(); ++r) {
     IValue& result = stack->end()[-static_cast<int64_t>(schema.returns().size() - r)];
@@ -190,7 +191,7 @@ bool computes(const c10::OperatorHandle& op) {
          (also.contains(name) || op.hasKernelForDispatchKey(DispatchKey::CUDA));
 }
 
-TORCH_LIBRARY(leaf_cuda_emulated, library) {
+TORCH_LIBRARY(emulated_gpu, library) {
   library.def("launches() -> int", [] { return launched.load(); });
 }
 

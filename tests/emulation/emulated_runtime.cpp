@@ -2,8 +2,8 @@
 // the extension call (of the rest, the real one's functions return errors). Preloaded before libcudart, and found as
 // libcuda.so.1. A kernel runs if add_emulated_kernel has made it known.
 //
-// Device memory is host memory. Work that is given to a stream waits there until the stream is synchronised, or another
-// one waits for an event of it, so that a kernel on the wrong stream comes too late.
+// Device memory is host memory. Work that is given to a stream waits there until the stream, or an event recorded after
+// it, is synchronised, queried or waited for, so that a kernel on the wrong stream comes too late.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <functional>
 #include <map>
@@ -36,13 +37,15 @@ using Graph = std::vector<Work>;
 
 struct Stream {
   int device, priority = 0;
-  std::vector<Work> waiting;
+  std::deque<Work> waiting;
+  uint64_t done = 0;  // works
   Graph* captured = nullptr;
   unsigned long long capture = 0;
 };
 
 struct Event {
   Stream* stream = nullptr;
+  uint64_t works = 0;  // of the stream, done before it
   Clock::time_point at;
 };
 
@@ -60,13 +63,14 @@ struct State {
   Stream default_streams[kDevices];
   std::set<Stream*> streams;
   unsigned long long captures = 0;
+  std::map<cudaError_t, std::string> messages;  // the last one of each
 
   State() {
     for (int d = 0; d < kDevices; ++d) streams.insert(&(default_streams[d] = Stream{d}));
   }
 };
 
-// Never destroyed: kernels are made known before this library's initialisers, and freed memory after them.
+// Never destroyed: memory is freed after this library's destructors.
 State& state() {
   static State* all = new State;
   return *all;
@@ -75,27 +79,35 @@ std::lock_guard<std::recursive_mutex> lock() { return std::lock_guard(state().mu
 
 thread_local int current_device = 0;
 thread_local cudaError_t last_error = cudaSuccess;
-std::string message;  // of the first error that is not to be expected
 
 cudaError_t fail(cudaError_t error, const std::string& text) {
+  const auto locked = lock();
   std::fprintf(stderr, "emulated CUDA runtime: %s\n", text.c_str());
-  if (message.empty()) message = text;
+  state().messages[error] = text;
   return last_error = error;
 }
 
-Stream& stream_of(cudaStream_t s) {
+Stream& stream_of(cudaStream_t s, int device = current_device) {
   const bool is_default = !s || s == cudaStreamLegacy || s == cudaStreamPerThread;
-  return is_default ? state().default_streams[current_device] : *reinterpret_cast<Stream*>(s);
+  return is_default ? state().default_streams[device] : *reinterpret_cast<Stream*>(s);
 }
 
-cudaError_t finish(Stream& stream) {
-  try {
-    for (const Work& work : std::exchange(stream.waiting, {})) work();
-  } catch (const std::exception& e) {
-    return fail(cudaErrorLaunchFailure, e.what());
+// Does the stream's first `works` works, those done already among them.
+cudaError_t finish(Stream& stream, uint64_t works) {
+  if (stream.captured) return fail(cudaErrorStreamCaptureUnsupported, "a stream is synchronised while it is captured");
+  while (stream.done < works) {
+    const Work work = std::move(stream.waiting.front());
+    stream.waiting.pop_front();
+    ++stream.done;
+    try {
+      work();
+    } catch (const std::exception& e) {
+      return fail(cudaErrorLaunchFailure, e.what());
+    }
   }
   return cudaSuccess;
 }
+cudaError_t finish(Stream& stream) { return finish(stream, stream.done + stream.waiting.size()); }
 
 cudaError_t finish_all() {
   cudaError_t result = cudaSuccess;
@@ -111,7 +123,10 @@ cudaError_t give(cudaStream_t s, Work work) {
     return fail(cudaErrorInvalidResourceHandle, "work for a stream of device " + std::to_string(stream.device) +
                                                     " while device " + std::to_string(current_device) +
                                                     " is the current one");
-  (stream.captured ? *stream.captured : stream.waiting).push_back(std::move(work));
+  if (stream.captured)
+    stream.captured->push_back(std::move(work));
+  else
+    stream.waiting.push_back(std::move(work));
   return cudaSuccess;
 }
 
@@ -121,7 +136,7 @@ cudaError_t set(Handle* handle, T* object) {
   return cudaSuccess;
 }
 
-// Not a byte more, so that AddressSanitizer sees each one too far.
+// Not a byte more, so that AddressSanitizer would see each one too far.
 void* allocate(size_t bytes) {
   void* p = nullptr;
   return posix_memalign(&p, 512, bytes) ? nullptr : p;
@@ -143,6 +158,12 @@ int device_of(const void* p) {
   if (it == state().allocations.begin()) return -1;
   --it;
   return at < it->first + it->second.bytes ? it->second.device : -1;
+}
+
+void finish_before_host(int device, void* handle) {
+  const auto locked = lock();
+  Stream& stream = stream_of(static_cast<cudaStream_t>(handle), device);
+  if (!stream.captured) finish(stream);
 }
 
 }  // namespace cuda_emulation
@@ -254,6 +275,7 @@ cudaError_t cudaFree(void* p) {
   return error;
 }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  const auto locked = lock();
   *total = kMemory;
   *free = kMemory - state().allocated[current_device];
   return cudaSuccess;
@@ -304,14 +326,16 @@ cudaError_t cudaEventDestroy(cudaEvent_t e) {
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
-  *reinterpret_cast<Event*>(e) = {&stream_of(s), Clock::now()};
+  const auto locked = lock();
+  Stream& stream = stream_of(s);
+  *reinterpret_cast<Event*>(e) = {&stream, stream.done + stream.waiting.size(), Clock::now()};
   return cudaSuccess;
 }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned) { return cudaEventRecord(e, s); }
 cudaError_t cudaEventSynchronize(cudaEvent_t e) {
   const auto locked = lock();
-  Stream* stream = reinterpret_cast<Event*>(e)->stream;
-  return stream ? finish(*stream) : cudaSuccess;
+  const Event& event = *reinterpret_cast<Event*>(e);
+  return event.stream ? finish(*event.stream, event.works) : cudaSuccess;
 }
 cudaError_t cudaEventQuery(cudaEvent_t e) { return cudaEventSynchronize(e); }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t e, unsigned) { return cudaEventSynchronize(e); }
@@ -324,12 +348,14 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end) 
 // ---- graphs ----
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t s, cudaStreamCaptureStatus* status) {
+  const auto locked = lock();
   *status = stream_of(s).captured ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, cudaStreamCaptureStatus* status, unsigned long long* id,
                                      cudaGraph_t* graph, const cudaGraphNode_t** dependencies,
                                      const cudaGraphEdgeData** edges, size_t* count) {
+  const auto locked = lock();
   if (id) *id = stream_of(s).capture;
   if (graph) set(graph, stream_of(s).captured);
   if (dependencies) *dependencies = nullptr;
@@ -343,11 +369,13 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
   Stream& stream = stream_of(s);
   if (&stream == &state().default_streams[stream.device])
     return fail(cudaErrorStreamCaptureUnsupported, "a default stream cannot be captured");
+  const cudaError_t error = finish(stream);
   stream.captured = new Graph;
   stream.capture = ++state().captures;
-  return finish(stream);
+  return error;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t* graph) {
+  const auto locked = lock();
   return set(graph, std::exchange(stream_of(s).captured, nullptr));
 }
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, size_t* count) {
@@ -375,7 +403,11 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
 
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 cudaError_t cudaPeekAtLastError() { return last_error; }
-const char* cudaGetErrorString(cudaError_t) { return message.empty() ? "an emulated error" : message.c_str(); }
+const char* cudaGetErrorString(cudaError_t error) {
+  const auto locked = lock();
+  const auto message = state().messages.find(error);
+  return message == state().messages.end() ? cudaGetErrorName(error) : message->second.c_str();
+}
 
 int cuDevicePrimaryCtxGetState(int, unsigned* flags, int* active) {
   *flags = 0;

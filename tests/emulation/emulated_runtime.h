@@ -21,4 +21,8 @@ void add_emulated_kernel(const char* name, MakeWork make);
 // The device whose memory p points into, or -1.
 int device_of(const void* p);
 
+// Before the host does the next work of a device's stream: does what the stream was given before. A stream that is
+// being captured was given nothing.
+void finish_before_host(int device, void* stream);
+
 }  // namespace cuda_emulation
