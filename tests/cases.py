@@ -88,6 +88,11 @@ def draw(shape, shapes, *, dtype=torch.float64, parameter_dtype=None, device="cp
     return u, parameters, g
 
 
+def gpu_is_emulated():
+    """Whether the GPU is that of emulated_gpu.py."""
+    return torch.cuda.is_available() and torch.cuda.get_device_name() == "emulated GPU"
+
+
 # ---- results and truth ---------------------------------------------------------------------------------------------
 
 #: The names of what `evaluate` and `truth` return.

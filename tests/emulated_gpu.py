@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import gpu_is_emulated
 from emulation_build import EMULATION, folder, load
 
 import leaf_cuda
@@ -45,7 +46,7 @@ def build_runtime() -> Path:
 
 
 def pytest_configure() -> None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_name() != "emulated GPU":
+    if not gpu_is_emulated():
         pytest.exit("start the tests by `python tests/emulated_gpu.py`", returncode=1)
     runtime = Path(os.environ["LD_PRELOAD"].split(os.pathsep)[0]).parent
     load("emulated_gpu", [EMULATION / "emulated_gpu.cpp"], ldflags=(f"-L{runtime}", "-lemulated_runtime"))

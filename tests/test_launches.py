@@ -3,7 +3,7 @@ written, where they lie."""
 
 import pytest
 import torch
-from cases import GRANULARITIES, LAYOUTS, draw
+from cases import GRANULARITIES, LAYOUTS, draw, gpu_is_emulated
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -14,7 +14,7 @@ ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::
 def launches_of(request, run):
     """The number of kernels that run() launches (None on the CPU), and the PyTorch operations in it."""
     param = request.node.callspec.params["device"]
-    counted = param == "emulated" or (param == "cuda" and torch.cuda.get_device_name() == "emulated GPU")
+    counted = param == "emulated" or (param == "cuda" and gpu_is_emulated())
     profiled = param == "cuda" and not counted
     launches = torch.ops.emulated_gpu.launches if param == "cuda" else torch.ops.leaf_cuda_emulated.launches
     before = launches() if counted else 0

@@ -7,7 +7,6 @@
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
-#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -191,7 +190,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   *p = {};
-  std::strcpy(p->name, EMULATED_GPU);
+  std::strcpy(p->name, "emulated GPU");
   p->uuid.bytes[0] = static_cast<char>(1 + device);
   p->totalGlobalMem = kMemory;
   p->major = 9;

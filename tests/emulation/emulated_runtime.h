@@ -4,8 +4,6 @@
 #include <cstddef>
 #include <functional>
 
-#define EMULATED_GPU "emulated GPU"  // the devices' name
-
 struct dim3;
 
 namespace cuda_emulation {
