@@ -16,15 +16,15 @@ def launches_of(request, run):
     param = request.node.callspec.params["device"]
     counted = param == "emulated" or (param == "cuda" and gpu_is_emulated())
     profiled = param == "cuda" and not counted
-    launches = torch.ops.emulated_gpu.launches if param == "cuda" else torch.ops.leaf_cuda_emulated.launches
-    before = launches() if counted else 0
+    emulation = torch.ops.leaf_cuda_emulated if param == "emulated" else torch.ops.emulated_gpu
+    before = emulation.launches() if counted else 0
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * profiled) as recorded:
         run()
         if profiled:
             torch.cuda.synchronize()
     operations = {e.name for e in recorded.events() if e.name.startswith("aten::")}
     if counted:
-        return launches() - before, operations
+        return emulation.launches() - before, operations
     if profiled:
         return sum(e.device_type == DeviceType.CUDA for e in recorded.events()), operations
     return None, operations
