@@ -87,6 +87,10 @@ def device(request):
     yield request.param
 
 
+def pytest_collectstart(collector):
+    torch.manual_seed(0)  # for the weights of models that a test file makes when it is imported, as parameters of tests
+
+
 @pytest.fixture
 def needs_cuda():
     """Skips the test where there is no GPU, or no CUDA backend."""
