@@ -21,8 +21,9 @@ ROOT = Path(__file__).parent.resolve()
 PUBLISHED_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 
-# The oldest and the newest supported torch. A build works with one minor version of torch only, and requires that.
-SUPPORTED_TORCH = (2, 11), (2, 14)
+# The oldest torch it can be built for, and the newest it was tested with. A build works with one minor version of torch
+# only, and requires that.
+OLDEST_TORCH, TESTED_TORCH = (2, 11), (2, 15)
 
 
 def sources(*parts):
@@ -129,8 +130,7 @@ def extension_and_command():
                     "--no-build-isolation: pip install --no-build-isolation ."
                 )
 
-        (major, oldest), (_, newest) = SUPPORTED_TORCH
-        requirement = f"torch>={major}.{oldest},<{major}.{newest + 1}"
+        requirement = "torch>={}.{}".format(*OLDEST_TORCH)
         return Extension("leaf_cuda._C", sources("core", "python")), BuildWithoutTorch, requirement
 
     release = tuple(map(int, torch.__version__.split(".")[:2]))
@@ -167,9 +167,14 @@ def extension_and_command():
             self.build_temp = str(ROOT / "build" / f"temp-{sys.implementation.cache_tag}-torch-{torch.__version__}")
 
         def run(self):
-            if not SUPPORTED_TORCH[0] <= release <= SUPPORTED_TORCH[1]:
-                oldest, newest = (".".join(map(str, version)) for version in SUPPORTED_TORCH)
-                sys.exit(f"leaf_cuda: torch {torch.__version__} is installed; it takes {oldest} to {newest}")
+            if release < OLDEST_TORCH:
+                oldest = ".".join(map(str, OLDEST_TORCH))
+                sys.exit(f"leaf_cuda: torch {torch.__version__} is installed; it takes {oldest} or later")
+            if release > TESTED_TORCH:
+                tested = ".".join(map(str, TESTED_TORCH))
+                print(
+                    f"leaf_cuda: torch {torch.__version__} is newer than {tested}, the newest tested", file=sys.stderr
+                )
             compile_args, extension.extra_link_args = openmp(torch, cpp_extension.get_cxx_compiler())
             extension.extra_compile_args["cxx"] += compile_args
             super().run()
