@@ -1,9 +1,11 @@
 """Each bug planted in the CUDA kernels or their planner must make a C++ test fail: of what they compute
-(tests/cpp/kernels_test.cpp) or of what they move (tests/cpp/traffic_test.cpp)."""
+(tests/cpp/kernels_test.cpp) or of what they move (tests/cpp/traffic_test.cpp). Each bug planted in their launches must
+make a test on an emulated GPU fail (test_devices.py)."""
 
 import os
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -122,15 +124,18 @@ TESTS = [
 ]
 
 
+def plant(folder, path, old, new):
+    """Writes the file of this repository to the folder, with the bug."""
+    text = (ROOT / path).read_text()
+    assert not old or text.count(old) == 1, f"{path} has the text to change {text.count(old)} times"
+    (folder / path).write_text(text.replace(old, new) if old else text)
+
+
 def build_and_run(name, folder):
     """Builds and runs the C++ tests with the bug planted, until one fails. Returns the last run."""
-    path, old, new = MUTATIONS[name]
     for part in ("csrc", "tests/cpp", "tests/emulation"):
         shutil.copytree(ROOT / part, folder / part)
-    if old:
-        text = (folder / path).read_text()
-        assert text.count(old) == 1, f"{path} has the text to change {text.count(old)} times"
-        (folder / path).write_text(text.replace(old, new))
+    plant(folder, *MUTATIONS[name])
 
     for test, flags, link_flags in TESTS:
         compile_test = [*COMPILE, *flags, "-c", f"tests/cpp/{test}.cpp", "-o", "test.o"]
@@ -148,7 +153,7 @@ def build_and_run(name, folder):
 @pytest.fixture(scope="module")
 def runs(request, tmp_path_factory):
     """name → the future of its run; as many run at a time as there are cores."""
-    names = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
+    names = [item.callspec.params["name"] for item in request.session.items if "runs" in item.fixturenames]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {name: pool.submit(build_and_run, name, tmp_path_factory.mktemp("mutation")) for name in names}
 
@@ -162,3 +167,42 @@ def test_planted_bug_is_caught(name, runs):
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     else:
         assert result.returncode != 0, f"not caught: {result.stdout[-500:]}"
+
+
+HOST, ON_STREAM = "csrc/cuda/leaf_cuda.cpp", "csrc/cuda/leaf_on_stream.cuh"
+LAUNCH_MUTATIONS = {
+    "none": (HOST, "", ""),
+    "the current device": (HOST, "  const c10::cuda::CUDAGuard guard(u.device());\n", ""),
+    "the default stream": (HOST, "c10::cuda::getCurrentCUDAStream()", "c10::cuda::getDefaultCUDAStream()"),
+    "the second kernel on the default stream": (ON_STREAM, "stream>>>", "grid.y > 1 ? nullptr : stream>>>"),
+}
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A copy of what the package is built from."""
+    if torch.version.cuda is None:
+        pytest.skip("this torch is built without CUDA")
+    folder = tmp_path_factory.mktemp("package")
+    for part in ("csrc", "leaf_cuda"):
+        shutil.copytree(ROOT / part, folder / part)
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", LAUNCH_MUTATIONS)
+def test_bug_of_a_launch_is_caught(bug, package):
+    path, old, new = LAUNCH_MUTATIONS[bug]
+    environment = os.environ | {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0", "PYTHONPATH": str(package)}
+    plant(package, path, old, new)
+    try:
+        build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        subprocess.run(build, cwd=package, env=environment, check=True, capture_output=True)
+    finally:
+        plant(package, path, "", "")
+    tests = [sys.executable, ROOT / "tests/emulated_gpu.py", "-q", ROOT / "tests/test_devices.py"]
+    result = subprocess.run(tests, cwd=package, env=environment, capture_output=True, text=True)
+    said = result.stdout[-2000:] + result.stderr[-2000:]
+    assert result.returncode == 0 if bug == "none" else " failed" in said, said
