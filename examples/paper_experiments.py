@@ -9,8 +9,8 @@ Options with several values make a grid, all of which is trained. If a run was k
 its last complete epoch; on the CPU, its results are those of an uninterrupted run.
 
 Written to the folder --output: for each run RUN.csv (its epochs), RUN.pt (its last state) and RUN-forms.png (what its
-activations became); for the command's runs summary.csv, table.md and the curves. Needs `pip install ".[examples]"`, and
-torchvision for the data that are not bundled.
+activations became); for the command's runs summary.csv, table.md and the curves. Needs
+`pip install --no-build-isolation ".[examples]"`, and torchvision for the data that are not bundled.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ python examples/sequence_classification.py --kind GRU --per-unit --seed 0 1 2
 
 scikit-learn's 1,797 digits of 8 rows of 8 pixels are sequences of 8 steps; the last state goes to a linear layer. Both
 layers start from the same weights and see the same batches. Takes about a minute on two CPU cores; needs
-`pip install ".[examples]"`.
+`pip install --no-build-isolation ".[examples]"`.
 """
 
 from __future__ import annotations

@@ -42,6 +42,12 @@ def test_annotations(name):
         assert signature.return_annotation is not signature.empty
 
 
+def test_star_import_keeps_torchs_nn():
+    names = {}
+    exec("from torch import nn\nfrom leaf_cuda import *", names)
+    assert names["nn"] is nn and names["LEAF"] is leaf_cuda.LEAF
+
+
 def test_package_is_marked():
     assert (Path(leaf_cuda.__file__).parent / "py.typed").exists()
 
