@@ -175,6 +175,11 @@ LAUNCH_MUTATIONS = {
     "the current device": (HOST, "  const c10::cuda::CUDAGuard guard(u.device());\n", ""),
     "the default stream": (HOST, "c10::cuda::getCurrentCUDAStream()", "c10::cuda::getDefaultCUDAStream()"),
     "the second kernel on the default stream": (ON_STREAM, "stream>>>", "grid.y > 1 ? nullptr : stream>>>"),
+    "the workspace in the host's memory": (
+        ON_STREAM,
+        "c10::cuda::CUDACachingAllocator::get()",
+        "c10::GetAllocator(c10::kCPU)",
+    ),
 }
 
 

@@ -7,7 +7,9 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <dlfcn.h>
+#include <sys/mman.h>
 #include <torch/library.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -35,7 +37,13 @@ c10::DeviceIndex current_device() { return c10::impl::VirtualGuardImpl(at::kCUDA
 
 std::atomic<int64_t> launched{0};
 
-// Throws if a word of a kernel's argument points into another device's memory.
+bool is_mapped(void* p) {
+  static const uintptr_t page = sysconf(_SC_PAGESIZE);
+  unsigned char resident;
+  return !mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(p) / page * page), 1, &resident);
+}
+
+// Throws if a word of a kernel's argument points into another device's memory, or the host's.
 template <class P>
 void check_device(const P& argument) {
   for (size_t at = 0; at + sizeof(void*) <= sizeof argument; at += sizeof(void*)) {
@@ -45,6 +53,7 @@ void check_device(const P& argument) {
     if (device >= 0 && device != current_device())
       throw std::runtime_error("a kernel on device " + std::to_string(current_device()) +
                                " is given memory of device " + std::to_string(device));
+    if (device < 0 && is_mapped(p)) throw std::runtime_error("a kernel is given memory of the host");
   }
 }
 
