@@ -68,6 +68,10 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
 
 
+def pytest_collectstart(collector):
+    torch.manual_seed(0)  # for the weights of models that a test file makes when it is imported, as parameters of tests
+
+
 @pytest.fixture(
     params=[
         "cpu",
@@ -85,10 +89,6 @@ def device(request):
     if request.param == "cuda":
         request.getfixturevalue("needs_cuda")
     yield request.param
-
-
-def pytest_collectstart(collector):
-    torch.manual_seed(0)  # for the weights of models that a test file makes when it is imported, as parameters of tests
 
 
 @pytest.fixture

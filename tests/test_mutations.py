@@ -204,7 +204,7 @@ def test_bug_of_a_launch_is_caught(bug, package):
     plant(package, path, old, new)
     try:
         build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        subprocess.run(build, cwd=package, env=environment, check=True, capture_output=True)
+        subprocess.run(build, cwd=package, env=environment, check=True)
     finally:
         plant(package, path, "", "")
     tests = [sys.executable, ROOT / "tests/emulated_gpu.py", "-q", ROOT / "tests/test_devices.py"]
