@@ -19,11 +19,15 @@ struct TensorMath {
   static T multiply_add(const T& a, const T& b, const T& c) { return a * b + c; }
 };
 
-// Uses at::sigmoid, whose derivative autograd knows; its derivative of e^(−|z|) would be wrong at z = 0.
+// Uses at::sigmoid, whose derivative autograd knows, not e^(−|z|): its derivative would be wrong at z = 0.
 template <>
-inline Sigmoid<Tensor> sigmoid<TensorMath>(const Tensor& p3, const Tensor& u) {
-  const Tensor z = p3 * u, s = at::sigmoid(z);
-  return {s, s * at::sigmoid(-z)};
+inline Argument<Tensor> argument<TensorMath>(const Tensor& u, const Tensor& p3) {
+  return {u, p3 * u, Tensor()};
+}
+template <>
+inline Sigmoid<Tensor> sigmoid<TensorMath>(const Argument<Tensor>& x) {
+  const Tensor s = at::sigmoid(x.z);
+  return {s, s * at::sigmoid(-x.z)};
 }
 
 inline bool requires_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
@@ -64,33 +68,33 @@ class Composite {
   Composite(const Tensor& u, const ParameterList& parameters)
       : parameters_(parameters), u_(u), math_(at::toOpMathType(u.scalar_type())) {}
 
-  Tensor forward() const { return leaf<TensorMath>(in_math(u_), in_math(parameters_)).to(u_.scalar_type()); }
+  Tensor forward() const { return activated().to(u_.scalar_type()); }
 
   FiveTensors backward(const Tensor& grad, std::array<bool, 5> mask) const {
+    const Parameters<Tensor> p = in_math(parameters_);
     const Tensor g = in_math(grad);
-    return summed(leaf_partials<TensorMath>(in_math(u_), g, in_math(parameters_)), g, mask);
+    return summed(leaf_partials<TensorMath>(argument_of(p), g, p), g, mask);
   }
 
   SixTensors double_backward(const Tensor& grad, const OptionalTensor& v, const ParameterList& vp,
                              std::array<bool, 6> mask) const {
-    const Along<Tensor> d =
-        leaf_along<TensorMath>(in_math(u_), in_math(grad), in_math(parameters_), in_math(v), in_math(vp));
+    const Parameters<Tensor> p = in_math(parameters_);
+    const Along<Tensor> d = leaf_along<TensorMath>(argument_of(p), in_math(grad), p, in_math(v), in_math(vp));
     const Tensor dgrad = mask[0] ? d.value.to(grad.scalar_type()) : Tensor();
     return std::tuple_cat(std::tuple(dgrad), summed(d.partials, Tensor(), {mask[1], mask[2], mask[3], mask[4], false}));
   }
 
   // For leaf_glu, whose a is u here.
-  Tensor glu_forward(const Tensor& b) const {
-    return (leaf<TensorMath>(in_math(u_), in_math(parameters_)) * in_math(b)).to(u_.scalar_type());
-  }
+  Tensor glu_forward(const Tensor& b) const { return (activated() * in_math(b)).to(u_.scalar_type()); }
 
   // da, db, dp1, ..., dp4
   SixTensors glu_backward(const Tensor& grad, const Tensor& b, std::array<bool, 6> mask) const {
-    const Tensor u = in_math(u_), g = in_math(grad), through = g * in_math(b);
     const Parameters<Tensor> p = in_math(parameters_);
+    const Argument<Tensor> x = argument_of(p);
+    const Tensor g = in_math(grad), through = g * in_math(b);
     const auto [da, dp1, dp2, dp3, dp4] =
-        summed(leaf_partials<TensorMath>(u, through, p), through, {mask[0], mask[2], mask[3], mask[4], mask[5]});
-    return {da, mask[1] ? (g * leaf<TensorMath>(u, p)).to(b.scalar_type()) : Tensor(), dp1, dp2, dp3, dp4};
+        summed(leaf_partials<TensorMath>(x, through, p), through, {mask[0], mask[2], mask[3], mask[4], mask[5]});
+    return {da, mask[1] ? (g * leaf<TensorMath>(x, p)).to(b.scalar_type()) : Tensor(), dp1, dp2, dp3, dp4};
   }
 
  private:
@@ -109,6 +113,12 @@ class Composite {
   }
   Parameters<Tensor> in_math(const ParameterList& p) const {
     return {in_math(p[0]), in_math(p[1]), in_math(p[2]), in_math(p[3])};
+  }
+
+  Argument<Tensor> argument_of(const Parameters<Tensor>& p) const { return argument<TensorMath>(in_math(u_), p.p3); }
+  Tensor activated() const {
+    const Parameters<Tensor> p = in_math(parameters_);
+    return leaf<TensorMath>(argument_of(p), p);
   }
 
   FiveTensors summed(const Partials<Tensor>& d, const Tensor& p4, std::array<bool, 5> mask) const {

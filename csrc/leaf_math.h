@@ -43,42 +43,52 @@ LEAF_FUNCTION typename M::T scaled_z(const typename M::T& p3, const typename M::
   }
 }
 
+// u with the first half of σ(p3·u), which backends may compute well before the rest.
+template <class T>
+struct Argument {
+  T u;
+  T z;  // scaled_z, or another number of that sign
+  T e;  // e^(−|p3·u|)
+};
+
+template <class M>
+LEAF_FUNCTION Argument<typename M::T> argument(const typename M::T& u, const typename M::T& p3) {
+  const typename M::T z = scaled_z<M>(p3, u);
+  return {u, z, M::exp_neg_abs(z)};
+}
+
 // σ(p3·u) and its slope, both from e = e^(−|z|) and r = σ(|z|) = 1/(1 + e), which neither overflow nor cancel: 1 − σ(z)
 // in float32 has lost every digit by z = 17. The complement c = σ(−|z|) is e·r. The slope is c − c² and not c·r, which
 // would have r's error twice.
 template <class M>
-LEAF_FUNCTION Sigmoid<typename M::T> sigmoid(const typename M::T& p3, const typename M::T& u) {
+LEAF_FUNCTION Sigmoid<typename M::T> sigmoid(const Argument<typename M::T>& x) {
   using T = typename M::T;
-  const T z = scaled_z<M>(p3, u);
-  const T e = M::exp_neg_abs(z);
-  const T r = M::reciprocal(1 + e);
-  const T complement = e * r;
-  return {M::select(z, r, complement), complement - complement * complement};
+  const T r = M::reciprocal(1 + x.e);
+  const T complement = x.e * r;
+  return {M::select(x.z, r, complement), complement - complement * complement};
 }
 
 // σ(p3·u) alone. One division, where M has it, is as exact and saves a product.
 template <class M>
-LEAF_FUNCTION typename M::T sigmoid_value(const typename M::T& p3, const typename M::T& u) {
+LEAF_FUNCTION typename M::T sigmoid_value(const Argument<typename M::T>& x) {
   using T = typename M::T;
-  if constexpr (requires { M::divide(u, u); }) {
-    const T z = scaled_z<M>(p3, u);
-    const T e = M::exp_neg_abs(z);
-    return M::divide(M::select(z, T{} + 1, e), 1 + e);
+  if constexpr (requires(T t) { M::divide(t, t); }) {
+    return M::divide(M::select(x.z, T{} + 1, x.e), 1 + x.e);
   } else {
-    return sigmoid<M>(p3, u).value;
+    return sigmoid<M>(x).value;
   }
 }
 
 template <class M>
-LEAF_FUNCTION typename M::T leaf(const typename M::T& u, const Parameters<typename M::T>& p) {
-  return (p.p1 * u + p.p2) * sigmoid_value<M>(p.p3, u) + p.p4;
+LEAF_FUNCTION typename M::T leaf(const Argument<typename M::T>& x, const Parameters<typename M::T>& p) {
+  return (p.p1 * x.u + p.p2) * sigmoid_value<M>(x) + p.p4;
 }
 
-// leaf(u) in a backward that also takes the derivatives there: it computes σ as they do, so that the compiler shares
+// leaf(x) in a backward that also takes the derivatives there: it computes σ as they do, so that the compiler shares
 // it.
 template <class M>
-LEAF_FUNCTION typename M::T leaf_again(const typename M::T& u, const Parameters<typename M::T>& p) {
-  return (p.p1 * u + p.p2) * sigmoid<M>(p.p3, u).value + p.p4;
+LEAF_FUNCTION typename M::T leaf_again(const Argument<typename M::T>& x, const Parameters<typename M::T>& p) {
+  return (p.p1 * x.u + p.p2) * sigmoid<M>(x).value + p.p4;
 }
 
 // g times the derivatives of y with respect to u, p1, p2 and p3 (for p4 it is g itself).
@@ -88,13 +98,13 @@ struct Partials {
 };
 
 template <class M>
-LEAF_FUNCTION Partials<typename M::T> leaf_partials(const typename M::T& u, const typename M::T& g,
+LEAF_FUNCTION Partials<typename M::T> leaf_partials(const Argument<typename M::T>& x, const typename M::T& g,
                                                     const Parameters<typename M::T>& p) {
   using T = typename M::T;
-  const Sigmoid<T> s = sigmoid<M>(p.p3, u);
-  const T ls = (p.p1 * u + p.p2) * s.slope;
+  const Sigmoid<T> s = sigmoid<M>(x);
+  const T ls = (p.p1 * x.u + p.p2) * s.slope;
   const T gs = g * s.value;
-  return {g * M::multiply_add(p.p1, s.value, ls * p.p3), gs * u, gs, (g * ls) * u};
+  return {g * M::multiply_add(p.p1, s.value, ls * p.p3), gs * x.u, gs, (g * ls) * x.u};
 }
 
 // The derivative of y along v = (v, v1, v2, v3, v4), a direction of (u, p1, p2, p3, p4), and g times the derivatives of
@@ -108,11 +118,12 @@ struct Along {
 };
 
 template <class M>
-LEAF_FUNCTION Along<typename M::T> leaf_along(const typename M::T& u, const typename M::T& g,
+LEAF_FUNCTION Along<typename M::T> leaf_along(const Argument<typename M::T>& x, const typename M::T& g,
                                               const Parameters<typename M::T>& p, const typename M::T& v,
                                               const Parameters<typename M::T>& vp) {
   using T = typename M::T;
-  const Sigmoid<T> s = sigmoid<M>(p.p3, u);
+  const T& u = x.u;
+  const Sigmoid<T> s = sigmoid<M>(x);
   const T curvature = s.slope * (1 - 2 * s.value);
   const T l = p.p1 * u + p.p2, dl = p.p1 * v + vp.p1 * u + vp.p2;
   const T dz = p.p3 * v + vp.p3 * u;

@@ -42,10 +42,10 @@ FiveTensors composite(const Layer& l) {
     for (int j = 0; j < 4; ++j) in[j] = pre[step].narrow(1, cell.column[j] * hidden, hidden).to(math);
     in[4] = (l.c ? before(*l.c, cells) : state).to(math);
     if (l.c) {
-      LstmForward::apply<TensorMath>(in, p, out, static_cast<Tensor*>(nullptr));
+      apply<LstmForward, TensorMath>(in, p, out, nullptr);
       cells[step] = out[1].to(dtype);
     } else {
-      GruForward::apply<TensorMath>(in, p, out, static_cast<Tensor*>(nullptr));
+      apply<GruForward, TensorMath>(in, p, out, nullptr);
     }
     outputs[step] = out[0].to(dtype);
   }

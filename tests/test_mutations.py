@@ -104,7 +104,7 @@ MUTATIONS = {
     "one parameter for a vector of columns": (KERNELS, "if (N == 1 || !a.strides[q].column) return", "return"),
     "behind the last row of parameters": (ARGS, "if (++i.row == rows) i.row = 0;", "++i.row;"),
     "gradients in the plan's order": (KERNELS, "dp_strides[q].at(matrix.at(k))", "k"),
-    "the forget gate by the new state": (OPERATIONS, "gradient<M>(in[1], dc * in[4],", "gradient<M>(in[1], dc * c,"),
+    "the forget gate by the new state": (OPERATIONS, "gradient<M>(x[1], dc * in[4],", "gradient<M>(x[1], dc * c.u,"),
     "the reset gate by the state": (OPERATIONS, "out[2] * in[3]", "out[2] * in[4]"),
     "no look at the pointers' alignment": (LAUNCH, ") % 16 == 0;", ") % 1 == 0;"),
 }

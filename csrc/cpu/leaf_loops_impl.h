@@ -9,6 +9,7 @@
 
 namespace {
 
+using leaf_cuda::Argument;
 using leaf_cuda::kSums;
 using leaf_cuda::Parameters;
 using leaf_cuda::cpu::kColumnMultiple;
@@ -82,15 +83,12 @@ struct Operands {
   V load(int k, int64_t i) const { return ::load(is_repeated(k) ? in[k] : in[k] + i); }
   V load_n(int k, int64_t i, int64_t n) const { return is_repeated(k) ? ::load(in[k]) : ::load_n(in[k] + i, n); }
   void store(int k, int64_t i, V v) const {
-    if (!wants(k)) return;
     if constexpr (Streamed)
       stream(out[k] + i, v);
     else
       ::store(out[k] + i, v);
   }
-  void store_n(int k, int64_t i, V v, int64_t n) const {
-    if (wants(k)) ::store_n(out[k] + i, v, n);
-  }
+  void store_n(int k, int64_t i, V v, int64_t n) const { ::store_n(out[k] + i, v, n); }
 
   // Number of elements from row to row of a block of columns.
   int64_t in_stride(int k, int64_t stride) const { return Op::pitched ? in_row[k] : stride; }
@@ -112,7 +110,7 @@ struct Operands {
     if (!is_repeated(k)) ::prefetch(in[k], i);
   }
   void prefetch_out(int k, int64_t i) const {
-    if (!Streamed && wants(k)) ::prefetch(out[k], i);
+    if (!Streamed) ::prefetch(out[k], i);
   }
 };
 
@@ -154,27 +152,138 @@ inline double sum_of_lanes(typename DoublesOf<bytes>::V v) {
   }
 }
 
-// Computes the elements from begin to end, whole vectors that share their parameters; adds to sum[q].
+// Vectors that share their parameters are computed in groups, in two steps: `start` computes e^(−|z|) of their LEAFs'
+// arguments (leaf_math.h), `finish` all else. Between the two steps of a group comes the first step of the next one. So
+// the chain of operations that depend on one another is cut in two, and the processor, which holds only so many that
+// wait, finds more that are ready (docs/performance.md).
+//
+// A group has n vectors, kGroup if Whole: from element `at` of each operand on, in rows that are `stride` elements
+// apart. What `later` has there is prefetched.
+constexpr int kGroup = 4;
+
+// e^(−|z|) of a group's arguments.
 template <class O>
-LEAF_FUNCTION void vectors(const O& a, int64_t begin, int64_t end, const Parameters<typename O::V>* p,
-                           typename O::V* sum) {
+using Exponentials = typename O::V[kGroup][O::Op::arguments];
+
+// Calls f(r) for each vector of a group.
+template <bool Whole, class F>
+LEAF_FUNCTION void for_each_vector(int64_t n, const F& f) {
+  if constexpr (Whole) {
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kGroup; ++r) f(r);
+  } else {
+#pragma GCC unroll 1
+    for (int64_t r = 0; r < n; ++r) f(r);
+  }
+}
+
+template <bool Whole, class O>
+LEAF_FUNCTION void start(const O& a, int64_t at, int64_t stride, int64_t n, const O& later,
+                         const Parameters<typename O::V>* p, Exponentials<O>& e) {
+  using Op = typename O::Op;
+  for_each_vector<Whole>(n, [&](int64_t r) {
+    typename O::V in[Op::arguments];
+    Argument<typename O::V> x[Op::arguments];
+#pragma GCC unroll 8
+    for (int k = 0; k < Op::arguments; ++k) {
+      const int64_t row = a.in_stride(k, stride);
+      in[k] = a.load(k, r * row + at);
+      later.prefetch_in(k, r * row + at);
+    }
+    leaf_cuda::take_arguments<Op, typename O::M>(in, p, x);
+#pragma GCC unroll 8
+    for (int k = 0; k < Op::arguments; ++k) e[r][k] = x[k].e;
+  });
+}
+
+// Adds to sum[q].
+template <bool Whole, class O>
+LEAF_FUNCTION void finish(const O& a, int64_t at, int64_t stride, int64_t n, const O& later,
+                          const Parameters<typename O::V>* p, const Exponentials<O>& e, typename O::V* sum) {
   using Op = typename O::Op;
   using M = typename O::M;
-  constexpr int64_t ahead = kAhead / sizeof(typename O::S);
-  typename O::V in[Op::inputs], out[Op::outputs];
-  for (int64_t i = begin; i < end; i += M::lanes) {
+  for_each_vector<Whole>(n, [&](int64_t r) {
+    typename O::V in[Op::inputs], out[Op::outputs];
+    Argument<typename O::V> x[Op::arguments];
 #pragma GCC unroll 8
     for (int k = 0; k < Op::inputs; ++k) {
-      in[k] = a.load(k, i);
-      a.prefetch_in(k, i + ahead);
+      const int64_t row = a.in_stride(k, stride);
+      in[k] = a.load(k, r * row + at);
+      if (k >= Op::arguments) later.prefetch_in(k, r * row + at);
     }
-    Op::template apply<M>(in, p, out, sum);
+#pragma GCC unroll 8
+    for (int k = 0; k < Op::arguments; ++k) x[k] = {in[k], M::with_sign_of_product(p[k].p3, in[k]), e[r][k]};
+    Op::template apply<M>(x, in, p, out, sum);
 #pragma GCC unroll 8
     for (int k = 0; k < Op::outputs; ++k) {
-      a.store(k, i, out[k]);
-      a.prefetch_out(k, i + ahead);
+      if (!a.wants(k)) continue;
+      const int64_t row = a.out_stride(k, stride);
+      a.store(k, r * row + at, out[k]);
+      later.prefetch_out(k, r * row + at);
     }
+  });
+}
+
+// Computes `count` groups by start(g, e) and finish(g, e).
+template <class O, class Start, class Finish>
+LEAF_FUNCTION void groups(int64_t count, const Start& start, const Finish& finish) {
+  Exponentials<O> e, next = {};
+  if (count > 0) start(0, next);
+  for (int64_t g = 0; g < count; ++g) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kGroup; ++r)
+#pragma GCC unroll 8
+      for (int k = 0; k < O::Op::arguments; ++k) e[r][k] = next[r][k];
+    if (g + 1 < count) start(g + 1, next);
+    finish(g, e);
   }
+}
+
+// Computes n rows of fewer elements than a vector has; adds to sum[q], whose other lanes become meaningless.
+template <class O>
+LEAF_FUNCTION void partial_vectors(const O& a, int64_t at, int64_t stride, int64_t n, int64_t elements,
+                                   const Parameters<typename O::V>* p, typename O::V* sum) {
+  using Op = typename O::Op;
+  for_each_vector<false>(n, [&](int64_t r) {
+    typename O::V in[Op::inputs], out[Op::outputs];
+#pragma GCC unroll 8
+    for (int k = 0; k < Op::inputs; ++k) in[k] = a.load_n(k, r * a.in_stride(k, stride) + at, elements);
+    leaf_cuda::apply<Op, typename O::M>(in, p, out, sum);
+#pragma GCC unroll 8
+    for (int k = 0; k < Op::outputs; ++k)
+      if (a.wants(k)) a.store_n(k, r * a.out_stride(k, stride) + at, out[k], elements);
+  });
+}
+
+// Computes the elements from begin to end, whole vectors that share their parameters; adds their sums to total[q],
+// those of kTerms vectors at a time.
+template <class O>
+LEAF_FUNCTION void vectors(const O& a, int64_t begin, int64_t end, const Parameters<typename O::V>* p,
+                           typename O::V* total) {
+  using Op = typename O::Op;
+  using V = typename O::V;
+  constexpr int64_t lanes = O::M::lanes, step = kGroup * lanes;
+  const O later = a.at_row(kAhead / sizeof(typename O::S) / lanes, lanes);
+  static_assert(kTerms % kGroup == 0);
+  V sum[kSums<Op>] = {};
+  const auto add_sums = [&] {
+    for (int q = 0; q < Op::sums; ++q) {
+      total[q] += sum[q];
+      sum[q] = V{};
+    }
+  };
+  const int64_t count = (end - begin) / step;
+  groups<O>(
+      count, [&](int64_t g, Exponentials<O>& e) { start<true>(a, begin + g * step, lanes, kGroup, later, p, e); },
+      [&](int64_t g, const Exponentials<O>& e) {
+        finish<true>(a, begin + g * step, lanes, kGroup, later, p, e, sum);
+        if ((g + 1) % (kTerms / kGroup) == 0) add_sums();
+      });
+  const int64_t rest = begin + count * step, n = (end - rest) / lanes;
+  Exponentials<O> e = {};
+  start<false>(a, rest, lanes, n, later, p, e);
+  finish<false>(a, rest, lanes, n, later, p, e, sum);
+  add_sums();
 }
 
 // v with only its first n < lanes lanes; the others become 0, whatever they hold.
@@ -194,6 +303,10 @@ void segments(O a, const Segment* segment, int64_t count, const double* p_, doub
   using M = typename O::M;
   using V = typename O::V;
   constexpr int kPieces = 16;
+  if (Op::pitched) {  // to `start` and `finish`, a segment's rows are vectors side by side
+    for (int k = 0; k < Op::inputs; ++k) a.in_row[k] = M::lanes;
+    for (int k = 0; k < Op::outputs; ++k) a.out_row[k] = M::lanes;
+  }
   V lanes[kPieces][kSums<Op>];
   int64_t of[kPieces];
   int pieces = 0;
@@ -213,21 +326,12 @@ void segments(O a, const Segment* segment, int64_t count, const double* p_, doub
       const int64_t whole = i + (end - i) / M::lanes * M::lanes;
       const int64_t last = Op::sums ? least(whole, i + kTerms * kTerms * M::lanes) : whole;
       V total[kSums<Op>] = {};
-      if (!Op::sums) vectors(a, i, last, p, nullptr);
-      for (; Op::sums && i < last; i += kTerms * M::lanes) {
-        V sum[kSums<Op>] = {};
-        vectors(a, i, least(last, i + kTerms * M::lanes), p, sum);
-        for (int q = 0; q < Op::sums; ++q) total[q] += sum[q];
-      }
+      vectors(a, i, last, p, total);
       i = last;
       if (whole == last && whole < end) {
         const int rest = static_cast<int>(end - i);
-        V in[Op::inputs], out[Op::outputs], sum[kSums<Op>] = {};
-#pragma GCC unroll 8
-        for (int j = 0; j < Op::inputs; ++j) in[j] = a.load_n(j, i, rest);
-        Op::template apply<M>(in, p, out, sum);
-#pragma GCC unroll 8
-        for (int j = 0; j < Op::outputs; ++j) a.store_n(j, i, out[j], rest);
+        V sum[kSums<Op>] = {};
+        partial_vectors(a, i, M::lanes, 1, rest, p, sum);
         for (int q = 0; q < Op::sums; ++q) total[q] += first_lanes<M>(sum[q], rest);
         i = end;
       }
@@ -262,89 +366,73 @@ struct Block {
   ColumnParameters<typename O::T, O::Op::sets> parameters;
 };
 
-// Rows are computed in tiles of kTile, so that a column's parameters and sums pass through registers once per tile. A
-// later tile's lines are prefetched meanwhile: the hardware prefetcher follows one long run, not kTile short ones.
-constexpr int kTile = 4;
-
-// Where a tile's sums come from and go to, in arrays indexed by q·kSumStride<Op> + c: the first tile of a group starts
-// at 0, the last one adds the group's sums to the total.
+// Where a tile's sums come from and go to, in arrays indexed by q·kSumStride<Op> + c: the first of the tiles that make
+// up kTerms rows starts at 0, the last one adds their sums to the total.
 template <class T>
 struct TileSums {
-  T *group, *total;
+  T *part, *total;
   bool first, last;
 };
 
-// Computes one vector of columns (its first n lanes if Partial) in each of a tile's rows. The operands are at the
-// tile's first row; what is prefetched lies `ahead` rows further on.
-template <int Rows, bool Partial, class O>
-LEAF_FUNCTION void tile_vector(const Block<O>& b, const O& operands, int64_t ahead, int64_t c, int64_t n,
-                               const TileSums<typename O::T>& sums) {
+// Computes a tile, n rows of a block from the operands' first on, by groups of one vector of each row: so a column's
+// parameters and sums pass through registers once per tile. What `later` has there is prefetched: the hardware
+// prefetcher follows one long run, not several short ones.
+template <bool Whole, class O>
+LEAF_FUNCTION void tile(const O& a, const Block<O>& b, int64_t n, const O& later, const TileSums<typename O::T>& sums) {
   using Op = typename O::Op;
   using V = typename O::V;
+  constexpr int64_t lanes = O::M::lanes;
   Parameters<V> p[Op::sets];
-  b.parameters.load_at(c, p);
-  V in[Rows][Op::inputs], out[Op::outputs], sum[kSums<Op>] = {};
-  const auto load_row = [&](int r) {
-#pragma GCC unroll 8
-    for (int k = 0; k < Op::inputs; ++k) {
-      const int64_t row = operands.in_stride(k, b.stride), i = r * row + c;
-      in[r][k] = Partial ? operands.load_n(k, i, n) : operands.load(k, i);
-      if (!Partial) operands.prefetch_in(k, i + ahead * row);
-    }
+  // Calls f(sum) for the vector of columns from c on.
+  const auto with_sums = [&](int64_t c, const auto& f) {
+    V sum[kSums<Op>] = {};
+    if (Op::sums && !sums.first)
+#pragma GCC unroll 32
+      for (int q = 0; q < Op::sums; ++q) sum[q] = load(sums.part + q * kSumStride<Op> + c);
+    f(sum);
+    if (!Op::sums) return;
+    if (sums.last)
+#pragma GCC unroll 32
+      for (int q = 0; q < Op::sums; ++q) sum[q] += load(sums.total + q * kSumStride<Op> + c);
+    typename O::T* const to = (sums.last ? sums.total : sums.part) + c;
+#pragma GCC unroll 32
+    for (int q = 0; q < Op::sums; ++q) store(to + q * kSumStride<Op>, sum[q]);
   };
-  // Most operations without sums leave registers enough to load all rows' inputs first: then no load waits for a store.
-  constexpr bool all_rows = !Op::sums && Op::sets == 1;
-  if (all_rows)
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) load_row(r);
-  if (Op::sums && !sums.first)
-#pragma GCC unroll 32
-    for (int q = 0; q < Op::sums; ++q) sum[q] = load(sums.group + q * kSumStride<Op> + c);
-#pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) {
-    if (!all_rows) load_row(r);
-    Op::template apply<typename O::M>(in[r], p, out, sum);
-#pragma GCC unroll 8
-    for (int k = 0; k < Op::outputs; ++k) {
-      const int64_t row = operands.out_stride(k, b.stride), i = r * row + c;
-      if (Partial)
-        operands.store_n(k, i, out[k], n);
-      else
-        operands.store(k, i, out[k]);
-      if (!Partial) operands.prefetch_out(k, i + ahead * row);
-    }
-  }
-  if (!Op::sums) return;
-  if (sums.last)
-#pragma GCC unroll 32
-    for (int q = 0; q < Op::sums; ++q) sum[q] += load(sums.total + q * kSumStride<Op> + c);
-  typename O::T* const to = (sums.last ? sums.total : sums.group) + c;
-#pragma GCC unroll 32
-  for (int q = 0; q < Op::sums; ++q) store(to + q * kSumStride<Op>, sum[q]);
+  const int64_t whole = b.columns / lanes * lanes;
+  groups<O>(
+      whole / lanes,
+      [&](int64_t g, Exponentials<O>& e) {
+        b.parameters.load_at(g * lanes, p);
+        start<Whole>(a, g * lanes, b.stride, n, later, p, e);
+      },
+      [&](int64_t g, const Exponentials<O>& e) {
+        b.parameters.load_at(g * lanes, p);
+        with_sums(g * lanes, [&](V* sum) { finish<Whole>(a, g * lanes, b.stride, n, later, p, e, sum); });
+      });
+  if (whole == b.columns) return;
+  b.parameters.load_at(whole, p);
+  with_sums(whole, [&](V* sum) { partial_vectors(a, whole, b.stride, n, b.columns - whole, p, sum); });
 }
 
-template <int Rows, class O>
-LEAF_FUNCTION void tile(const Block<O>& b, int64_t row, int64_t ahead, const TileSums<typename O::T>& sums) {
-  constexpr int lanes = O::M::lanes;
-  const O operands = b.operands.at_row(row, b.stride);
-  int64_t c = 0;
-  for (; c + lanes <= b.columns; c += lanes) tile_vector<Rows, false>(b, operands, ahead, c, lanes, sums);
-  if (c < b.columns) tile_vector<Rows, true>(b, operands, 0, c, b.columns - c, sums);
-}
-
-// Computes the rows from `first` to `end` of the block and adds their sums, group by group, to total. (Not inlined: in
-// one function with the sums in double, GCC 12 runs out of registers. b is passed by value, so that no store can change
-// it.)
+// Computes the rows from `first` to `end` of the block and adds their sums, kTerms rows at a time, to total. (Not
+// inlined: in one function with the sums in double, GCC 12 runs out of registers. b is passed by value, so that no
+// store can change it.)
 template <class O>
-__attribute__((noinline)) void rows(Block<O> b, int64_t first, int64_t end, typename O::T* group,
-                                    typename O::T* total) {
-  const int64_t tile_bytes = kTile * b.columns * sizeof(typename O::S);
-  const int64_t ahead = (kAhead + tile_bytes - 1) / tile_bytes * kTile;
+__attribute__((noinline)) void rows(Block<O> b, int64_t first, int64_t end, typename O::T* part, typename O::T* total) {
+  const int64_t tile_bytes = kGroup * b.columns * sizeof(typename O::S);
+  const int64_t ahead = (kAhead + tile_bytes - 1) / tile_bytes * kGroup;
   for (int64_t r = first; r < end;) {
     const int64_t begin = r, last = O::Op::sums ? r + least(end - r, kTerms) : end;
-    for (; r + kTile <= last; r += kTile)
-      tile<kTile>(b, r, r + ahead + kTile <= b.rows ? ahead : 0, {group, total, r == begin, r + kTile == last});
-    for (; r < last; ++r) tile<1>(b, r, 0, {group, total, r == begin, r + 1 == last});
+    for (; r < last; r += kGroup) {
+      const int64_t n = least(last - r, kGroup);
+      const O a = b.operands.at_row(r, b.stride), later = a.at_row(r + ahead + n <= b.rows ? ahead : 0, b.stride);
+      const TileSums<typename O::T> sums{part, total, r == begin, r + n == last};
+      // (If unrolled, several sets of parameters take more registers than there are.)
+      if (n == kGroup && O::Op::sets == 1)
+        tile<true>(a, b, n, later, sums);
+      else
+        tile<false>(a, b, n, later, sums);
+    }
   }
 }
 
@@ -358,13 +446,13 @@ void columns(const Block<O>& b, typename O::T* sums) {
     for (int q = 0; q < Op::sums; ++q)
       for (int64_t c = 0; c < padded; ++c) f(q * kSumStride<Op> + c);
   };
-  alignas(kVectorBytes) T group[kSums<Op> * kSumStride<Op>];
+  alignas(kVectorBytes) T part[kSums<Op> * kSumStride<Op>];
   alignas(kVectorBytes) double total[kSums<Op> * kSumStride<Op>];
   for_each_sum([&](int64_t k) { sums[k] = 0; });
-  if (b.rows <= most) return rows(b, 0, b.rows, group, sums);
+  if (b.rows <= most) return rows(b, 0, b.rows, part, sums);
   for_each_sum([&](int64_t k) { total[k] = 0; });
   for (int64_t r = 0; r < b.rows; r += most) {
-    rows(b, r, r + least(b.rows - r, most), group, sums);
+    rows(b, r, r + least(b.rows - r, most), part, sums);
     for_each_sum([&](int64_t k) {
       total[k] += sums[k];
       sums[k] = 0;

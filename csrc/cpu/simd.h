@@ -130,6 +130,8 @@ struct Simd : SimdTypes<Scalar, typename C::Int> {
   }
   // Tests the sign bit only, which takes no comparison. −0 counts as below 0, but at 0 a and b are the same.
   static V select(V z, V a, V b) { return bit_cast<I>(z) < 0 ? b : a; }
+  // A number with the sign of a·b, which is all that `select` needs of it.
+  static V with_sign_of_product(V a, V b) { return bit_cast<V>(bit_cast<I>(a) ^ bit_cast<I>(b)); }
   static V reciprocal(V x) { return 1 / x; }
   static V divide(V a, V b) { return a / b; }
   static V multiply_add(V a, V b, V c) {

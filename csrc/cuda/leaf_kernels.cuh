@@ -307,7 +307,7 @@ struct Operands {
     Arithmetic<S> x[Op::inputs], y[Op::outputs];
 #pragma unroll
     for (int k = 0; k < Op::inputs; ++k) x[k] = static_cast<Arithmetic<S>>(input(k));
-    Op::template apply<Math<S>>(x, p, y, sum);
+    leaf_cuda::apply<Op, Math<S>>(x, p, y, sum);
 #pragma unroll
     for (int k = 0; k < Op::outputs; ++k) output(k, static_cast<S>(y[k]));
   }
