@@ -202,8 +202,18 @@ LEAF_FUNCTION void finish(const O& a, int64_t at, int64_t stride, int64_t n, con
                           const Parameters<typename O::V>* p, const Exponentials<O>& e, typename O::V* sum) {
   using Op = typename O::Op;
   using M = typename O::M;
+  typename O::V out[kGroup][Op::outputs];
+  const auto store = [&](int64_t r, const typename O::V* results) {
+#pragma GCC unroll 8
+    for (int k = 0; k < Op::outputs; ++k) {
+      if (!a.wants(k)) continue;
+      const int64_t row = a.out_stride(k, stride);
+      a.store(k, r * row + at, results[k]);
+      later.prefetch_out(k, r * row + at);
+    }
+  };
   for_each_vector<Whole>(n, [&](int64_t r) {
-    typename O::V in[Op::inputs], out[Op::outputs];
+    typename O::V in[Op::inputs];
     Argument<typename O::V> x[Op::arguments];
 #pragma GCC unroll 8
     for (int k = 0; k < Op::inputs; ++k) {
@@ -213,15 +223,11 @@ LEAF_FUNCTION void finish(const O& a, int64_t at, int64_t stride, int64_t n, con
     }
 #pragma GCC unroll 8
     for (int k = 0; k < Op::arguments; ++k) x[k] = {in[k], M::with_sign_of_product(p[k].p3, in[k]), e[r][k]};
-    Op::template apply<M>(x, in, p, out, sum);
-#pragma GCC unroll 8
-    for (int k = 0; k < Op::outputs; ++k) {
-      if (!a.wants(k)) continue;
-      const int64_t row = a.out_stride(k, stride);
-      a.store(k, r * row + at, out[k]);
-      later.prefetch_out(k, r * row + at);
-    }
+    Op::template apply<M>(x, in, p, out[Whole ? r : 0], sum);
+    if (!Whole) store(r, out[0]);
   });
+  // A load seems to depend on a store at the same place in another page, as rows often have it: so stores come last.
+  if (Whole) for_each_vector<Whole>(n, [&](int64_t r) { store(r, out[r]); });
 }
 
 // Computes `count` groups by start(g, e) and finish(g, e).
