@@ -226,7 +226,7 @@ LEAF_FUNCTION void finish(const O& a, int64_t at, int64_t stride, int64_t n, con
     Op::template apply<M>(x, in, p, out[Whole ? r : 0], sum);
     if (!Whole) store(r, out[0]);
   });
-  // A load seems to depend on a store at the same place in another page, as rows often have it: so stores come last.
+  // Stored last: the compiler may not move a load before a store.
   if (Whole) for_each_vector<Whole>(n, [&](int64_t r) { store(r, out[r]); });
 }
 
