@@ -63,15 +63,17 @@ struct Data {
 };
 Data data;
 
+// Per element of `run`'s.
 template <class F>
-double nanoseconds(F run) {
-  constexpr int samples = 15, repeats = 500;
+double nanoseconds(int64_t elements, F run) {
+  constexpr int samples = 15;
+  const int64_t repeats = 500 * kElements / elements;
   std::vector<double> times;
   for (int s = 0; s < samples; ++s) {
     const auto start = std::chrono::steady_clock::now();
     for (int k = 0; k < repeats; ++k) run();
     const std::chrono::duration<double, std::nano> elapsed = std::chrono::steady_clock::now() - start;
-    times.push_back(elapsed.count() / repeats / kElements);
+    times.push_back(elapsed.count() / (repeats * elements));
   }
   std::nth_element(times.begin(), times.begin() + samples / 2, times.end());
   return times[samples / 2];
@@ -87,11 +89,15 @@ void print(const char* target, const char* dtype, const InnerLoopsByOperation& b
     std::printf("%-7s %-8s %-15s  ", target, dtype, names[static_cast<int>(operation)]);
     const Segment whole{0, kElements};
     if (loops.segments)
-      std::printf("one set %.3f   ",
-                  nanoseconds([&] { loops.segments(data.operands, &whole, 1, data.one_set, false, data.sums); }));
-    const double columns =
-        nanoseconds([&] { loops.columns(data.operands, kRows, kColumns, kColumns, data.p, false, data.sums); });
-    std::printf("per column %.3f ns per element\n", columns);
+      std::printf("one set %.3f   ", nanoseconds(kElements, [&] {
+                    loops.segments(data.operands, &whole, 1, data.one_set, false, data.sums);
+                  }));
+    const auto columns = [&](int64_t rows) {
+      return nanoseconds(rows * kColumns,
+                         [&] { loops.columns(data.operands, rows, kColumns, kColumns, data.p, false, data.sums); });
+    };
+    std::printf("per column %.3f, of three rows %.3f, of one %.3f ns per element\n", columns(kRows), columns(3),
+                columns(1));
   }
 }
 

@@ -152,13 +152,14 @@ inline double sum_of_lanes(typename DoublesOf<bytes>::V v) {
   }
 }
 
-// Vectors that share their parameters are computed in groups, in two steps: `start` computes e^(−|z|) of their LEAFs'
-// arguments (leaf_math.h), `finish` all else. Between the two steps of a group comes the first step of the next one. So
-// the chain of operations that depend on one another is cut in two, and the processor, which holds only so many that
-// wait, finds more that are ready (docs/performance.md).
+// Vectors that share their parameters are computed in groups, in two steps: `start` computes e^(−|z|) of an operation's
+// arguments (leaf_operations.h), `finish` all else, also the e^(−|z|) of what it computes itself, such as LSTM's c'.
+// Between the two steps of a group comes the first step of the next one. So the chain of operations that depend on one
+// another is cut in two, and the processor, which holds only so many that wait, finds more that are ready
+// (docs/performance.md).
 //
-// A group has n vectors, kGroup if Whole: from element `at` of each operand on, in rows that are `stride` elements
-// apart. What `later` has there is prefetched.
+// A group has Rows vectors or, where Rows is 0, n: from element `at` of each operand on, in rows that are `stride`
+// elements (in pitched operations in_row and out_row) apart. What `later` has there is prefetched.
 constexpr int kGroup = 4;
 
 // e^(−|z|) of a group's arguments.
@@ -166,22 +167,22 @@ template <class O>
 using Exponentials = typename O::V[kGroup][O::Op::arguments];
 
 // Calls f(r) for each vector of a group.
-template <bool Whole, class F>
+template <int Rows, class F>
 LEAF_FUNCTION void for_each_vector(int64_t n, const F& f) {
-  if constexpr (Whole) {
+  if constexpr (Rows > 0) {
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < kGroup; ++r) f(r);
+    for (int64_t r = 0; r < Rows; ++r) f(r);
   } else {
 #pragma GCC unroll 1
     for (int64_t r = 0; r < n; ++r) f(r);
   }
 }
 
-template <bool Whole, class O>
+template <int Rows, class O>
 LEAF_FUNCTION void start(const O& a, int64_t at, int64_t stride, int64_t n, const O& later,
                          const Parameters<typename O::V>* p, Exponentials<O>& e) {
   using Op = typename O::Op;
-  for_each_vector<Whole>(n, [&](int64_t r) {
+  for_each_vector<Rows>(n, [&](int64_t r) {
     typename O::V in[Op::arguments];
     Argument<typename O::V> x[Op::arguments];
 #pragma GCC unroll 8
@@ -197,7 +198,7 @@ LEAF_FUNCTION void start(const O& a, int64_t at, int64_t stride, int64_t n, cons
 }
 
 // Adds to sum[q].
-template <bool Whole, class O>
+template <int Rows, class O>
 LEAF_FUNCTION void finish(const O& a, int64_t at, int64_t stride, int64_t n, const O& later,
                           const Parameters<typename O::V>* p, const Exponentials<O>& e, typename O::V* sum) {
   using Op = typename O::Op;
@@ -212,7 +213,7 @@ LEAF_FUNCTION void finish(const O& a, int64_t at, int64_t stride, int64_t n, con
       later.prefetch_out(k, r * row + at);
     }
   };
-  for_each_vector<Whole>(n, [&](int64_t r) {
+  for_each_vector<Rows>(n, [&](int64_t r) {
     typename O::V in[Op::inputs];
     Argument<typename O::V> x[Op::arguments];
 #pragma GCC unroll 8
@@ -223,11 +224,11 @@ LEAF_FUNCTION void finish(const O& a, int64_t at, int64_t stride, int64_t n, con
     }
 #pragma GCC unroll 8
     for (int k = 0; k < Op::arguments; ++k) x[k] = {in[k], M::with_sign_of_product(p[k].p3, in[k]), e[r][k]};
-    Op::template apply<M>(x, in, p, out[Whole ? r : 0], sum);
-    if (!Whole) store(r, out[0]);
+    Op::template apply<M>(x, in, p, out[Rows ? r : 0], sum);
+    if (!Rows) store(r, out[0]);
   });
   // Stored last: the compiler may not move a load before a store.
-  if (Whole) for_each_vector<Whole>(n, [&](int64_t r) { store(r, out[r]); });
+  if (Rows) for_each_vector<Rows>(n, [&](int64_t r) { store(r, out[r]); });
 }
 
 // Computes `count` groups by start(g, e) and finish(g, e).
@@ -250,7 +251,7 @@ template <class O>
 LEAF_FUNCTION void partial_vectors(const O& a, int64_t at, int64_t stride, int64_t n, int64_t elements,
                                    const Parameters<typename O::V>* p, typename O::V* sum) {
   using Op = typename O::Op;
-  for_each_vector<false>(n, [&](int64_t r) {
+  for_each_vector<0>(n, [&](int64_t r) {
     typename O::V in[Op::inputs], out[Op::outputs];
 #pragma GCC unroll 8
     for (int k = 0; k < Op::inputs; ++k) in[k] = a.load_n(k, r * a.in_stride(k, stride) + at, elements);
@@ -280,15 +281,15 @@ LEAF_FUNCTION void vectors(const O& a, int64_t begin, int64_t end, const Paramet
   };
   const int64_t count = (end - begin) / step;
   groups<O>(
-      count, [&](int64_t g, Exponentials<O>& e) { start<true>(a, begin + g * step, lanes, kGroup, later, p, e); },
+      count, [&](int64_t g, Exponentials<O>& e) { start<kGroup>(a, begin + g * step, lanes, kGroup, later, p, e); },
       [&](int64_t g, const Exponentials<O>& e) {
-        finish<true>(a, begin + g * step, lanes, kGroup, later, p, e, sum);
+        finish<kGroup>(a, begin + g * step, lanes, kGroup, later, p, e, sum);
         if ((g + 1) % (kTerms / kGroup) == 0) add_sums();
       });
   const int64_t rest = begin + count * step, n = (end - rest) / lanes;
   Exponentials<O> e = {};
-  start<false>(a, rest, lanes, n, later, p, e);
-  finish<false>(a, rest, lanes, n, later, p, e, sum);
+  start<0>(a, rest, lanes, n, later, p, e);
+  finish<0>(a, rest, lanes, n, later, p, e, sum);
   add_sums();
 }
 
@@ -383,7 +384,7 @@ struct TileSums {
 // Computes a tile, n rows of a block from the operands' first on, by groups of one vector of each row: so a column's
 // parameters and sums pass through registers once per tile. What `later` has there is prefetched: the hardware
 // prefetcher follows one long run, not several short ones.
-template <bool Whole, class O>
+template <int Rows, class O>
 LEAF_FUNCTION void tile(const O& a, const Block<O>& b, int64_t n, const O& later, const TileSums<typename O::T>& sums) {
   using Op = typename O::Op;
   using V = typename O::V;
@@ -409,11 +410,11 @@ LEAF_FUNCTION void tile(const O& a, const Block<O>& b, int64_t n, const O& later
       whole / lanes,
       [&](int64_t g, Exponentials<O>& e) {
         b.parameters.load_at(g * lanes, p);
-        start<Whole>(a, g * lanes, b.stride, n, later, p, e);
+        start<Rows>(a, g * lanes, b.stride, n, later, p, e);
       },
       [&](int64_t g, const Exponentials<O>& e) {
         b.parameters.load_at(g * lanes, p);
-        with_sums(g * lanes, [&](V* sum) { finish<Whole>(a, g * lanes, b.stride, n, later, p, e, sum); });
+        with_sums(g * lanes, [&](V* sum) { finish<Rows>(a, g * lanes, b.stride, n, later, p, e, sum); });
       });
   if (whole == b.columns) return;
   b.parameters.load_at(whole, p);
@@ -429,15 +430,20 @@ __attribute__((noinline)) void rows(Block<O> b, int64_t first, int64_t end, type
   const int64_t ahead = (kAhead + tile_bytes - 1) / tile_bytes * kGroup;
   for (int64_t r = first; r < end;) {
     const int64_t begin = r, last = O::Op::sums ? r + least(end - r, kTerms) : end;
-    for (; r < last; r += kGroup) {
-      const int64_t n = least(last - r, kGroup);
+    while (r < last) {
+      // (If unrolled, several sets of parameters take more registers than there are.)
+      constexpr bool unrolled = O::Op::sets == 1;
+      const bool whole = r + kGroup <= last;
+      const int64_t n = whole ? kGroup : unrolled ? 1 : last - r;
       const O a = b.operands.at_row(r, b.stride), later = a.at_row(r + ahead + n <= b.rows ? ahead : 0, b.stride);
       const TileSums<typename O::T> sums{part, total, r == begin, r + n == last};
-      // (If unrolled, several sets of parameters take more registers than there are.)
-      if (n == kGroup && O::Op::sets == 1)
-        tile<true>(a, b, n, later, sums);
+      if constexpr (!unrolled)
+        tile<0>(a, b, n, later, sums);
+      else if (whole)
+        tile<kGroup>(a, b, n, later, sums);
       else
-        tile<false>(a, b, n, later, sums);
+        tile<1>(a, b, n, later, sums);
+      r += n;
     }
   }
 }
