@@ -232,13 +232,13 @@ LEAF_FUNCTION void finish(const O& a, int64_t at, int64_t stride, int64_t n, con
 }
 
 // Computes `count` groups by start(g, e) and finish(g, e).
-template <class O, class Start, class Finish>
+template <int Rows, class O, class Start, class Finish>
 LEAF_FUNCTION void groups(int64_t count, const Start& start, const Finish& finish) {
   Exponentials<O> e, next = {};
   if (count > 0) start(0, next);
   for (int64_t g = 0; g < count; ++g) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kGroup; ++r)
+    for (int r = 0; r < (Rows ? Rows : kGroup); ++r)
 #pragma GCC unroll 8
       for (int k = 0; k < O::Op::arguments; ++k) e[r][k] = next[r][k];
     if (g + 1 < count) start(g + 1, next);
@@ -246,12 +246,13 @@ LEAF_FUNCTION void groups(int64_t count, const Start& start, const Finish& finis
   }
 }
 
-// Computes n rows of fewer elements than a vector has; adds to sum[q], whose other lanes become meaningless.
+// Computes n rows of fewer elements than a vector has; adds to sum[q], whose other lanes become meaningless. (GCC 12 on
+// its own would make the lambda a call, and keep in memory what it captures, in all that surrounds it.)
 template <class O>
 LEAF_FUNCTION void partial_vectors(const O& a, int64_t at, int64_t stride, int64_t n, int64_t elements,
                                    const Parameters<typename O::V>* p, typename O::V* sum) {
   using Op = typename O::Op;
-  for_each_vector<0>(n, [&](int64_t r) {
+  for_each_vector<0>(n, [&](int64_t r) __attribute__((always_inline)) {
     typename O::V in[Op::inputs], out[Op::outputs];
 #pragma GCC unroll 8
     for (int k = 0; k < Op::inputs; ++k) in[k] = a.load_n(k, r * a.in_stride(k, stride) + at, elements);
@@ -280,7 +281,7 @@ LEAF_FUNCTION void vectors(const O& a, int64_t begin, int64_t end, const Paramet
     }
   };
   const int64_t count = (end - begin) / step;
-  groups<O>(
+  groups<kGroup, O>(
       count, [&](int64_t g, Exponentials<O>& e) { start<kGroup>(a, begin + g * step, lanes, kGroup, later, p, e); },
       [&](int64_t g, const Exponentials<O>& e) {
         finish<kGroup>(a, begin + g * step, lanes, kGroup, later, p, e, sum);
@@ -406,7 +407,7 @@ LEAF_FUNCTION void tile(const O& a, const Block<O>& b, int64_t n, const O& later
     for (int q = 0; q < Op::sums; ++q) store(to + q * kSumStride<Op>, sum[q]);
   };
   const int64_t whole = b.columns / lanes * lanes;
-  groups<O>(
+  groups<Rows, O>(
       whole / lanes,
       [&](int64_t g, Exponentials<O>& e) {
         b.parameters.load_at(g * lanes, p);
@@ -431,18 +432,15 @@ __attribute__((noinline)) void rows(Block<O> b, int64_t first, int64_t end, type
   for (int64_t r = first; r < end;) {
     const int64_t begin = r, last = O::Op::sums ? r + least(end - r, kTerms) : end;
     while (r < last) {
-      // (If unrolled, several sets of parameters take more registers than there are.)
-      constexpr bool unrolled = O::Op::sets == 1;
-      const bool whole = r + kGroup <= last;
-      const int64_t n = whole ? kGroup : unrolled ? 1 : last - r;
+      // If four rows of several sets were unrolled, they would take more registers than there are.
+      constexpr int unrolled = O::Op::sets == 1 ? kGroup : 0;
+      const int64_t n = r + kGroup <= last ? kGroup : unrolled ? 1 : last - r;
       const O a = b.operands.at_row(r, b.stride), later = a.at_row(r + ahead + n <= b.rows ? ahead : 0, b.stride);
       const TileSums<typename O::T> sums{part, total, r == begin, r + n == last};
-      if constexpr (!unrolled)
-        tile<0>(a, b, n, later, sums);
-      else if (whole)
-        tile<kGroup>(a, b, n, later, sums);
-      else
+      if (n == 1)
         tile<1>(a, b, n, later, sums);
+      else
+        tile<unrolled>(a, b, n, later, sums);
       r += n;
     }
   }
