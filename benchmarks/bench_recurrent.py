@@ -1,5 +1,5 @@
-"""Times a training step of recurrent layers, forward and backward: leaf_cuda.nn's beside torch's own and beside the same
-layer with LEAF in eager operations.
+"""Times a training step of recurrent layers and of cells in a Python loop, forward and backward: leaf_cuda.nn's beside
+torch's own and beside the same with LEAF in eager operations.
 
 Each round runs every layer once, in shuffled order; a ratio is the median over the rounds of two times in the same round.
 """
@@ -16,11 +16,11 @@ from bench_leaf import TOLERANCE, at_least, interleaved, parse, print_table, rat
 from torch import nn
 
 from leaf_cuda import reference
-from leaf_cuda.nn import LeafGRU, LeafLSTM
+from leaf_cuda.nn import LeafGRU, LeafGRUCell, LeafLSTM, LeafLSTMCell
 
 
 class Eager:
-    """Computes a layer by the formula in eager operations, step by step."""
+    """Computes by the formula in eager operations, step by step."""
 
     def _compute(self, tensors, batch_sizes, reverse):
         return reference.recurrent(*tensors.values(), batch_sizes, reverse)
@@ -34,7 +34,34 @@ class EagerGRU(Eager, LeafGRU):
     pass
 
 
-KINDS = {"LSTM": (nn.LSTM, LeafLSTM, EagerLSTM), "GRU": (nn.GRU, LeafGRU, EagerGRU)}
+class EagerLSTMCell(Eager, LeafLSTMCell):
+    pass
+
+
+class EagerGRUCell(Eager, LeafGRUCell):
+    pass
+
+
+class Loop(nn.Module):
+    """A cell as a layer: calls it for each step; returns the last state in place of the output."""
+
+    def __init__(self, cell: nn.RNNCellBase):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        state = None
+        for step in x:
+            state = self.cell(step, state)
+        return state if isinstance(state, tuple) else (state,)
+
+
+KINDS = {
+    "LSTM": (nn.LSTM, LeafLSTM, EagerLSTM),
+    "GRU": (nn.GRU, LeafGRU, EagerGRU),
+    "LSTMCell": (nn.LSTMCell, LeafLSTMCell, EagerLSTMCell),
+    "GRUCell": (nn.GRUCell, LeafGRUCell, EagerGRUCell),
+}
 
 
 def seconds(layer, x) -> float:
@@ -77,6 +104,8 @@ def main() -> None:
             f"Leaf{kind}, per unit": fused(args.features, args.hidden, per_unit=True),
             "eager operations": eager(args.features, args.hidden),
         }
+        if kind.endswith("Cell"):
+            layers = {name: Loop(cell) for name, cell in layers.items()}
         for layer in layers.values():
             seconds(layer.to(args.device), x)
         verify(layers[f"Leaf{kind}"], layers["eager operations"], x)

@@ -36,21 +36,22 @@ class StepPass {
     }
   }
 
-  void set_input(int k, const Tensor& rows, int column = 0) {
-    args_.in[k] = static_cast<const char*>(rows.const_data_ptr()) + column * bytes_;
+  // From a matrix's first row on, or the one given.
+  void set_input(int k, const Tensor& matrix, int64_t row = 0, int column = 0) {
+    args_.in[k] = static_cast<const char*>(matrix.const_data_ptr()) + offset(matrix, row, column);
     args_.in_stride[k] = 1;
-    args_.in_pitch[k] = rows.stride(0);
+    args_.in_pitch[k] = matrix.stride(0);
   }
-  void set_output(int k, const Tensor& rows, int column = 0) {
-    args_.out[k] = static_cast<char*>(rows.mutable_data_ptr()) + column * bytes_;
-    args_.out_pitch[k] = rows.stride(0);
+  void set_output(int k, const Tensor& matrix, int64_t row = 0, int column = 0) {
+    args_.out[k] = static_cast<char*>(matrix.mutable_data_ptr()) + offset(matrix, row, column);
+    args_.out_pitch[k] = matrix.stride(0);
   }
   // The four columns of pre-activations, or of their gradients.
-  void set_gate_inputs(const Tensor& rows) {
-    for (int k = 0; k < 4; ++k) set_input(k, rows, cell_.column[k]);
+  void set_gate_inputs(const Tensor& matrix, int64_t row) {
+    for (int k = 0; k < 4; ++k) set_input(k, matrix, row, cell_.column[k]);
   }
-  void set_gate_outputs(const Tensor& rows) {
-    for (int k = 0; k < 4; ++k) set_output(k, rows, cell_.column[k]);
+  void set_gate_outputs(const Tensor& matrix, int64_t row) {
+    for (int k = 0; k < 4; ++k) set_output(k, matrix, row, cell_.column[k]);
   }
   // sums: (4, sets, hidden), contiguous.
   void set_sums(const Tensor& sums) {
@@ -75,6 +76,10 @@ class StepPass {
   int64_t hidden_, bytes_;
   std::array<Tensor, 4> parameters_;
   Args args_{};
+
+  int64_t offset(const Tensor& matrix, int64_t row, int column) const {
+    return row * matrix.stride(0) * matrix.element_size() + column * bytes_;
+  }
 };
 
 Tensor by_rows(const Tensor& t) { return t.contiguous().flatten(0, -2); }
@@ -123,23 +128,22 @@ FiveTensors leaf_recurrent_forward(Run run, const Tensor& x, const Tensor& h, co
   const Tensor output = at::empty(sizes_with(x, hidden), x.options());
   const Tensor cells = at::empty(c ? sizes_with(x, hidden) : at::DimVector{0}, x.options());
   const Tensor output_rows = by_rows(output), cell_rows = c ? by_rows(cells) : Tensor();
-  const Tensor pre_rows = part_by_x(layer);
+  const Tensor pre_rows = part_by_x(layer), of_h = part_of_h(cell, pre_rows, weight_hh);
   const Product by_weight(weight_hh, h.size(0), steps.count());
   StepPass pass(cell, cell.forward, h0, parameters);
   for (int64_t k = 0; k < steps.count(); ++k) {
-    const int64_t step = steps.at(k);
+    const int64_t step = steps.at(k), row = steps.first[step];
     const auto before = [&](const Tensor& initial, const Tensor& all) {
-      return joined(steps.previous(step, initial, [&](int64_t s) { return steps.rows(all, s); }));
+      return joined(steps.previous(step, initial, [&](int64_t s, int64_t n) { return steps.rows(all, s, n); }));
     };
-    const Tensor rows = steps.rows(pre_rows, step), sum = part_of_h(cell, rows, weight_hh);
-    const Tensor state = before(h0, output_rows);
+    const Tensor sum = steps.rows(of_h, step), state = before(h0, output_rows);
     by_weight(sum, sum, state);
-    pass.set_gate_inputs(rows);
+    pass.set_gate_inputs(pre_rows, row);
     const Tensor cell_state = c ? before(c0, cell_rows) : state;
     pass.set_input(4, cell_state);
-    pass.set_output(0, steps.rows(output_rows, step));
-    if (c) pass.set_output(1, steps.rows(cell_rows, step));
-    pass.run(run, rows.size(0));
+    pass.set_output(0, output_rows, row);
+    if (c) pass.set_output(1, cell_rows, row);
+    pass.run(run, steps.size[step]);
   }
   const auto last = [&](const Tensor& all) {
     const Tensor state = steps.last([&](int64_t s) { return steps.rows(all, s); });
@@ -172,7 +176,8 @@ ElevenTensors leaf_recurrent_backward(Run run, const OptionalTensor& grad_output
     return grad ? grad->clone(at::MemoryFormat::Contiguous) : at::zeros(h.sizes(), options);
   };
   const Tensor dh = begin(grad_h_n), dc = c ? begin(grad_c_n) : Tensor();
-  const Tensor dpre = at::empty(pre_rows.sizes(), options);
+  // The gradients of the pre-activations, and those of h's part.
+  const Tensor dpre = at::empty(pre_rows.sizes(), options), of_h = part_of_h(cell, dpre, weight_hh);
   const bool sums_wanted = mask[7] || mask[8] || mask[9] || mask[10];
   const int64_t kept = std::min(steps.count(), kStepsOfSums);
   const Tensor sums = sums_wanted
@@ -183,44 +188,38 @@ ElevenTensors leaf_recurrent_backward(Run run, const OptionalTensor& grad_output
   const Product by_weight(weight_hh.t(), h.size(0), steps.count());
   StepPass pass(cell, cell.backward, h0, parameters);
   const auto before = [&](int64_t step, const Tensor& initial, const Tensor& all) {
-    return steps.previous(step, initial, [&](int64_t s) { return steps.rows(all, s); });
+    return steps.previous(step, initial, [&](int64_t s, int64_t n) { return steps.rows(all, s, n); });
   };
   for (int64_t k = steps.count() - 1; k >= 0; --k) {
-    const int64_t step = steps.at(k), n = steps.size[step];
-    const Tensor dstate = dh.narrow(0, 0, n);
+    const int64_t step = steps.at(k), row = steps.first[step], n = steps.size[step];
+    const Tensor dstate = n == dh.size(0) ? dh : dh.narrow(0, 0, n);
     if (grad_output) dstate.add_(steps.rows(grad_rows, step));
     const Tensor state = joined(before(step, c ? c0 : h0, c ? cell_rows : output_rows));
-    const Tensor drows = steps.rows(dpre, step);
-    pass.set_gate_inputs(steps.rows(pre_rows, step));
+    pass.set_gate_inputs(pre_rows, row);
     pass.set_input(4, state);
     pass.set_input(5, dstate);
-    pass.set_gate_outputs(drows);
+    pass.set_gate_outputs(dpre, row);
     pass.set_output(4, c ? dc : dstate);
     if (c) pass.set_input(6, dc);
     if (sums_wanted) pass.set_sums(sums[k % kept]);
     pass.run(run, n);
-    by_weight(dstate, c ? Tensor() : dstate, part_of_h(cell, drows, weight_hh));
+    by_weight(dstate, c ? Tensor() : dstate, steps.rows(of_h, step));
     if (sums_wanted && k % kept == 0) {
       const Tensor of_steps = sums.sum(0);
       total = total.defined() ? total.add_(of_steps) : of_steps;
     }
   }
 
-  // The gradients of x's part and of h's part. Those of the weights are computed as the transpose of inputsᵀ·dgates,
-  // which suits oneDNN better.
-  const Tensor of_h = part_of_h(cell, dpre, weight_hh);
+  // The gradients of x's part.
   const Tensor of_x = c ? dpre : at::cat({dpre.narrow(1, hidden, 2 * hidden), dpre.narrow(1, 0, hidden)}, 1);
-  const auto of_weight = [&](const Tensor& dgates, const Tensor& inputs) {
-    return Product(dgates.t(), inputs.size(1), 1).times(inputs.t()).t().contiguous();
-  };
   Tensor dx, dweight_ih, dweight_hh, dbias_ih, dbias_hh;
   if (mask[0]) dx = Product(weight_ih.t(), of_x.size(0), 1).times(of_x).view(x.sizes());
-  if (mask[3]) dweight_ih = of_weight(of_x, by_rows(x));
+  if (mask[3]) dweight_ih = product_over_rows(of_x, by_rows(x));
   if (mask[4]) {
     std::vector<Tensor> states;
     for (int64_t step = 0; step < steps.count(); ++step)
       for (const Tensor& part : before(step, h0, output_rows)) states.push_back(part);
-    dweight_hh = of_weight(of_h, at::cat(states));
+    dweight_hh = product_over_rows(of_h, at::cat(states));
   }
   if (mask[5] && bias_ih) dbias_ih = of_x.sum(0);
   if (mask[6] && bias_hh) dbias_hh = c && dbias_ih.defined() ? dbias_ih.clone() : of_h.sum(0);

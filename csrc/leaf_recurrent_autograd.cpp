@@ -29,7 +29,7 @@ FiveTensors composite(const Layer& l) {
   for (int64_t k = 0; k < count; ++k) {
     const int64_t step = steps.at(k);
     const auto before = [&](const Tensor& initial, const std::vector<Tensor>& all) {
-      return joined(steps.previous(step, initial, [&](int64_t s) { return all[s]; }));
+      return joined(steps.previous(step, initial, [&](int64_t s, int64_t n) { return all[s].narrow(0, 0, n); }));
     };
     const Tensor state = before(l.h, outputs), rows = steps.rows(by_x, step);
     const Tensor by_h = at::linear(state, l.weight_hh, l.bias_hh);

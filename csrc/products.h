@@ -9,25 +9,34 @@
 
 #include <optional>
 
+#include "cpu/cpu_capability.h"
+
 namespace leaf_cuda {
 
-// x·wᵀ for one w, (columns, inner), and many x, (rows, inner). On the CPU in float32 oneDNN computes it, where torch
-// has it, as in torch's own LSTM: at::mm takes twice the time for a step's few rows on some processors. Small products
-// are left to at::mm: a call of oneDNN has an overhead of some 10 µs. If enough products are to come, w is first
-// brought into oneDNN's own layout, which takes 80 µs and 0.27 ns per element and saves 0.07 ns per element in every
-// product. (On Zen 5.)
+// x·wᵀ for one w, (columns, inner), and many x, (rows, inner). On the CPU in float32, at::mm or oneDNN computes it,
+// where torch has the latter, as in torch's own LSTM (docs/performance.md has the figures):
+// - With AVX-512, at::mm takes twice the time for a step's few rows on some processors, but a call of oneDNN has some
+//   10 µs of its own: small products are left to at::mm.
+// - Without it, at::mm is as fast or faster, but lays w out anew in each product: too slow if w is large.
+// If enough products are to come, w is first brought into oneDNN's own layout, which takes 80 µs and 0.27 ns per element
+// and saves 0.07 ns per element in every product (on Zen 5).
 class Product {
  public:
   // uses: number of products to come, with x of at most `rows` rows.
-  Product(const at::Tensor& w, int64_t rows, int64_t uses)
-      : w_(w), by_onednn_(onednn_takes(w) && rows * w.numel() >= kLeastProduct) {
+  Product(const at::Tensor& w, int64_t rows, int64_t uses) : w_(w), by_onednn_(onednn_takes(w)) {
+    if (!by_onednn_) return;
+    const bool laid_out = uses >= kUsesWorthLayout + kElementsWorthLayout / w.numel();
+    by_onednn_ = cpu::cpu_capability() == cpu::CpuCapability::avx512 ? rows * w.numel() >= kLeastProduct
+                                                                     : laid_out && w.numel() >= kLeastWeights;
     if (!by_onednn_) return;
     w_ = dense(w);
-    if (uses < kUsesWorthLayout + kElementsWorthLayout / w.numel()) return;
+    if (!laid_out) return;
     static const auto reorder = find("mkldnn::_reorder_linear_weight",
                                      "mkldnn::_reorder_linear_weight(Tensor self, int? batch_size=None) -> Tensor Y");
     if (reorder) w_ = call(*reorder, {w_.contiguous(), rows});  // a transposed one takes five times as long
   }
+
+  bool by_onednn() const { return by_onednn_; }
 
   // out = x·wᵀ, plus `self` if it is defined. out may be self.
   void operator()(at::Tensor out, const at::Tensor& self, const at::Tensor& x) const {
@@ -46,7 +55,8 @@ class Product {
   }
 
  private:
-  static constexpr int64_t kLeastProduct = 3 << 18, kUsesWorthLayout = 4, kElementsWorthLayout = 1'100'000;
+  static constexpr int64_t kLeastProduct = 3 << 18, kLeastWeights = 1 << 19;
+  static constexpr int64_t kUsesWorthLayout = 4, kElementsWorthLayout = 1'100'000;
 
   at::Tensor w_;
   bool by_onednn_;
@@ -76,5 +86,13 @@ class Product {
     return stack[0].toTensor();
   }
 };
+
+// aᵀ·b, contiguous, for an a of many columns. As (bᵀ·a)ᵀ it costs a copy, but MKL is slow if b has few columns, and
+// oneDNN if there are many rows.
+inline at::Tensor product_over_rows(const at::Tensor& a, const at::Tensor& b) {
+  const Product by_a(a.t(), b.size(1), 1);
+  if (by_a.by_onednn() ? a.size(0) < b.size(1) : b.size(1) >= 16) return Product(b.t(), a.size(1), 1).times(a.t());
+  return by_a.times(b.t()).t().contiguous();
+}
 
 }  // namespace leaf_cuda

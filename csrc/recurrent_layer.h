@@ -75,17 +75,19 @@ struct Steps {
   // The step that is taken as the k-th.
   int64_t at(int64_t k) const { return reverse ? count() - 1 - k : k; }
 
-  Tensor rows(const Tensor& t, int64_t step) const { return t.narrow(0, first[step], size[step]); }
+  Tensor rows(const Tensor& t, int64_t step, int64_t n) const { return t.narrow(0, first[step], n); }
+  Tensor rows(const Tensor& t, int64_t step) const { return rows(t, step, size[step]); }
 
-  // The state before a step, as parts to concatenate by rows: the state of the step taken before it (from state_of),
-  // and the initial state of the sequences that that step did not have.
+  // The state before a step, as parts to concatenate by rows: that of the step taken before it, of which
+  // state_of(step, n) returns the first n rows, and the initial state of the sequences that that step did not have.
   template <class F>
   std::vector<Tensor> previous(int64_t step, const Tensor& initial, F state_of) const {
     const int64_t before = reverse ? step + 1 : step - 1, n = size[step];
     if (before < 0 || before == count()) return {initial.narrow(0, 0, n)};
-    const Tensor state = state_of(before);
-    if (size[before] >= n) return {state.narrow(0, 0, n)};
-    return {state, initial.narrow(0, size[before], n - size[before])};
+    const int64_t passed_on = std::min(n, size[before]);
+    const Tensor state = state_of(before, passed_on);
+    if (passed_on == n) return {state};
+    return {state, initial.narrow(0, passed_on, n - passed_on)};
   }
 
   // The state after each sequence's last step.

@@ -240,16 +240,20 @@ def test_packed(device, kind, sizes, reverse):
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.1)], ids=dtype_id)
 @pytest.mark.parametrize("sizes", [[6] * 7, [6, 6, 5, 3, 3, 1]], ids=["unpacked", "packed"])
+@pytest.mark.parametrize("features, hidden", [(8, 40), (24, 420)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_products(device, kind, sizes, dtype, tolerance, onednn):
-    """All results and gradients against float64 from the same numbers; in float32, oneDNN computes the products, if
-    enabled. Errors are those of the products and the states, relative to a tensor's largest number."""
-    x, states, rest = draw(kind, sum(sizes), 1, 40, features=24, dtype=dtype, device=device)
-    _, states, _ = draw(kind, 1, sizes[0], 40, dtype=dtype, device=device)
+def test_products(device, kind, features, hidden, sizes, dtype, tolerance, onednn):
+    """All results and gradients against float64 from the same numbers; in float32, oneDNN computes the large products,
+    if enabled. Errors are those of the products and the states, relative to a tensor's largest number."""
+    x, states, rest = draw(kind, sum(sizes), 1, hidden, features=features, dtype=dtype, device=device)
+    _, states, _ = draw(kind, 1, sizes[0], hidden, dtype=dtype, device=device)
     rest = [*rest[:4], *(0.3 * (p - c) + c for p, c in zip(rest[4:], (0, 1, 1, 0)))]
     x, how = x[:, 0], {"batch_sizes": torch.tensor(sizes), "reverse": True}
-    with torch.backends.mkldnn.flags(enabled=onednn):
+    with torch.backends.mkldnn.flags(enabled=onednn), torch.autograd.profiler.profile() as profile:
         ours = evaluate(fused, kind, x, states, rest, **how)
+    by_onednn = any(event.name == "mkldnn::_linear_pointwise" for event in profile.function_events)
+    available = torch.backends.mkldnn.is_available() and device == "cpu"
+    assert by_onednn == (available and onednn and dtype == torch.float32 and hidden == 420)
     true = evaluate(formula, kind, x.double(), [s.double() for s in states], [r.double() for r in rest], **how)
     for k, (r, e) in enumerate(zip(ours, true, strict=True)):
         assert (r.double() - e).abs().max() <= tolerance * (1 + e.abs().max()), f"result {k}"
@@ -307,7 +311,7 @@ def test_layouts(device, kind):
 def test_biases_of_any_stride(kind, mkldnn):
     """In float32, since oneDNN ignores strides. Only one of the two biases is given at a time: a single one is taken as
     it lies."""
-    x, states, rest = draw(kind, 4, 3, 5, dtype=torch.float32)
+    x, states, rest = draw(kind, 4, 3, 64, features=400, dtype=torch.float32)  # many, so that oneDNN may compute it
     n = len(rest[2])
     biases = {"step": torch.randn(2 * n)[::2], "column": torch.randn(n, 3)[:, 1], "expanded": torch.randn(1).expand(n)}
     for own, other in ((2, 3), (3, 2)):

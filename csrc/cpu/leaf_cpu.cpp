@@ -29,12 +29,13 @@ bool by_segments(const Plan& plan) {
 constexpr int64_t kMinColumns = 64;
 // From this number of columns on, a partial vector at the end of each row costs less than folding rows.
 constexpr int64_t kUnfoldedColumns = 1024;
-// The least number of elements for a task of a parallel loop: enough to far outweigh the cost of scheduling it. An
-// element of a recurrent step (three or more sets of parameters) takes several times as long as others.
+// The least number of elements for a task of a parallel loop: enough to far outweigh the cost of scheduling it. In a
+// recurrent step (three or more sets of parameters) an element takes several times as long as in others, and the threads
+// are still awake from its matrix product.
 template <class Op>
 constexpr int64_t kTaskElements = Op::sets < 3 ? 32768
-                                  : Op::sums   ? 4096
-                                               : 8192;
+                                  : Op::sums   ? 1024
+                                               : 2048;
 // Outputs of more bytes than this are streamed past the caches: the last-level cache would evict them before the last
 // element is written.
 constexpr int64_t kBeyondCaches = int64_t{32} << 20;
@@ -42,6 +43,8 @@ constexpr int64_t kBeyondCaches = int64_t{32} << 20;
 // than an eighth of u's memory, and more if there would otherwise be more than about kTasks tasks.
 constexpr int64_t kMinRowsPerChunk = 128;
 constexpr int64_t kTasks = 128;
+// The least number of tasks for a recurrent step, if they are not too small.
+constexpr int64_t kStepTasks = 8;
 
 const InnerLoopsByOperation& loops_for(at::ScalarType dtype) {
   static const InnerLoopsByType& table = []() -> const InnerLoopsByType& {
@@ -357,12 +360,14 @@ void run_segments(const Args& a, const InnerLoops& loops, const Tensor& like) {
   });
 }
 
-// The largest number of columns in a block. If a recurrent step has too few rows to divide among threads, its blocks
-// are narrower, to divide the columns instead.
+// The largest number of columns in a block. Those of a recurrent step, which has few rows, are narrower if there would
+// otherwise be too few tasks.
 template <class Op>
 int64_t most_columns(const Plan& plan) {
-  if (!Op::always_pitched || plan.outer >= kMinRowsPerChunk) return kColumnBlock<Op>;
-  return std::clamp(kTaskElements<Op> / plan.outer / kColumnMultiple * kColumnMultiple, kMinColumns, kColumnBlock<Op>);
+  if (!Op::always_pitched) return kColumnBlock<Op>;
+  const int64_t elements = std::max(kTaskElements<Op>, plan.numel() / kStepTasks);
+  const int64_t columns = elements / std::min(plan.outer, kMinRowsPerChunk) / kColumnMultiple * kColumnMultiple;
+  return std::clamp(columns, kColumnMultiple, kColumnBlock<Op>);
 }
 
 template <class Op, class T>
