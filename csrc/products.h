@@ -18,8 +18,8 @@ namespace leaf_cuda {
 // - With AVX-512, at::mm takes twice the time for a step's few rows on some processors, but a call of oneDNN has some
 //   10 µs of its own: small products are left to at::mm.
 // - Without it, at::mm is as fast or faster, but lays w out anew in each product: too slow if w is large.
-// If enough products are to come, w is first brought into oneDNN's own layout, which takes 80 µs and 0.27 ns per element
-// and saves 0.07 ns per element in every product (on Zen 5).
+// If enough products are to come, w is first brought into oneDNN's own layout, which takes 80 µs and 0.27 ns per
+// element and saves 0.07 ns per element in every product (on Zen 5).
 class Product {
  public:
   // uses: number of products to come, with x of at most `rows` rows.

@@ -13,7 +13,8 @@ ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 
 load(
     "leaf_cuda_emulated",
-    [EMULATION / "emulated_backend.cpp"] + [ROOT / "csrc" / path for path in SOURCES if not path.startswith("cpu/leaf_")],
+    [EMULATION / "emulated_backend.cpp"]
+    + [ROOT / "csrc" / path for path in SOURCES if not path.startswith("cpu/leaf_")],
     cflags=("-fvisibility=hidden",),
 )
 

@@ -30,8 +30,8 @@ constexpr int64_t kMinColumns = 64;
 // From this number of columns on, a partial vector at the end of each row costs less than folding rows.
 constexpr int64_t kUnfoldedColumns = 1024;
 // The least number of elements for a task of a parallel loop: enough to far outweigh the cost of scheduling it. In a
-// recurrent step (three or more sets of parameters) an element takes several times as long as in others, and the threads
-// are still awake from its matrix product.
+// recurrent step (three or more sets of parameters) an element takes several times as long as in others, and the
+// threads are still awake from its matrix product.
 template <class Op>
 constexpr int64_t kTaskElements = Op::sets < 3 ? 32768
                                   : Op::sums   ? 1024
