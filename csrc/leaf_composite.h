@@ -25,8 +25,12 @@ inline Argument<Tensor> argument<TensorMath>(const Tensor& u, const Tensor& p3) 
   return {u, p3 * u, Tensor()};
 }
 template <>
+inline Tensor sigmoid_value<TensorMath>(const Argument<Tensor>& x) {
+  return at::sigmoid(x.z);
+}
+template <>
 inline Sigmoid<Tensor> sigmoid<TensorMath>(const Argument<Tensor>& x) {
-  const Tensor s = at::sigmoid(x.z);
+  const Tensor s = sigmoid_value<TensorMath>(x);
   return {s, s * at::sigmoid(-x.z)};
 }
 
