@@ -14,29 +14,29 @@
 namespace leaf_cuda {
 
 // x·wᵀ for one w, (columns, inner), and many x, (rows, inner). On the CPU in float32, at::mm or oneDNN computes it,
-// where torch has the latter, as in torch's own LSTM (docs/performance.md has the figures):
-// - With AVX-512, at::mm takes twice the time for a step's few rows on some processors, but a call of oneDNN has some
-//   10 µs of its own: small products are left to at::mm.
+// where torch has the latter, as in torch's own LSTM. docs/performance.md has the figures, of Zen 5 and Zen 3:
+// - With AVX-512, at::mm takes twice the time for a step's few rows, but a call of oneDNN has some 10 µs of its own:
+//   small products are left to at::mm.
 // - Without it, at::mm is as fast or faster, but lays w out anew in each product: too slow if w is large.
 // If enough products are to come, w is first brought into oneDNN's own layout, which takes 80 µs and 0.27 ns per
-// element and saves 0.07 ns per element in every product (on Zen 5).
+// element and saves 0.07 ns per element in every product.
 class Product {
  public:
   // uses: number of products to come, with x of at most `rows` rows.
-  Product(const at::Tensor& w, int64_t rows, int64_t uses) : w_(w), by_onednn_(onednn_takes(w)) {
-    if (!by_onednn_) return;
-    const bool laid_out = uses >= kUsesWorthLayout + kElementsWorthLayout / w.numel();
-    by_onednn_ = cpu::cpu_capability() == cpu::CpuCapability::avx512 ? rows * w.numel() >= kLeastProduct
-                                                                     : laid_out && w.numel() >= kLeastWeights;
+  Product(const at::Tensor& w, int64_t rows, int64_t uses) : w_(w), by_onednn_(is_by_onednn(w, rows, uses)) {
     if (!by_onednn_) return;
     w_ = dense(w);
-    if (!laid_out) return;
+    if (!is_worth_layout(w, uses)) return;
     static const auto reorder = find("mkldnn::_reorder_linear_weight",
                                      "mkldnn::_reorder_linear_weight(Tensor self, int? batch_size=None) -> Tensor Y");
     if (reorder) w_ = call(*reorder, {w_.contiguous(), rows});  // a transposed one takes five times as long
   }
 
-  bool by_onednn() const { return by_onednn_; }
+  static bool is_by_onednn(const at::Tensor& w, int64_t rows, int64_t uses) {
+    if (!onednn_takes(w) || rows == 0) return false;
+    if (cpu::cpu_capability() == cpu::CpuCapability::avx512) return rows * w.numel() >= kLeastProduct;
+    return w.numel() >= kLeastWeights && is_worth_layout(w, uses);
+  }
 
   // out = x·wᵀ, plus `self` if it is defined. out may be self.
   void operator()(at::Tensor out, const at::Tensor& self, const at::Tensor& x) const {
@@ -51,7 +51,7 @@ class Product {
     if (!by_onednn_ || x.numel() == 0) return bias.defined() ? at::addmm(bias, x, w_.t()) : at::mm(x, w_.t());
     c10::IValue b;
     if (bias.defined()) b = bias.contiguous();  // oneDNN ignores its stride
-    return call(*linear(), {dense(x), w_, b, "none", c10::List<std::optional<at::Scalar>>(), ""});
+    return call(*linear(), {x.contiguous(), w_, b, "none", c10::List<std::optional<at::Scalar>>(), ""});
   }
 
  private:
@@ -72,6 +72,9 @@ class Product {
                                 "str? algorithm) -> Tensor Y");
     return op;
   }
+  static bool is_worth_layout(const at::Tensor& w, int64_t uses) {
+    return uses >= kUsesWorthLayout + kElementsWorthLayout / w.numel();
+  }
   static bool onednn_takes(const at::Tensor& w) {
     return w.is_cpu() && w.scalar_type() == at::kFloat && w.numel() > 0 && linear() &&
            at::globalContext().userEnabledMkldnn();
@@ -87,12 +90,12 @@ class Product {
   }
 };
 
-// aᵀ·b, contiguous, for an a of many columns. As (bᵀ·a)ᵀ it costs a copy, but MKL is slow if b has few columns, and
-// oneDNN if there are many rows.
+// aᵀ·b, contiguous, for an a of many columns. Instead of (bᵀ·a)ᵀ, whose result is copied, unless that is faster: for a
+// b of few columns by MKL; for many rows by oneDNN, which copies aᵀ.
 inline at::Tensor product_over_rows(const at::Tensor& a, const at::Tensor& b) {
-  const Product by_a(a.t(), b.size(1), 1);
-  if (by_a.by_onednn() ? a.size(0) < b.size(1) : b.size(1) >= 16) return Product(b.t(), a.size(1), 1).times(a.t());
-  return by_a.times(b.t()).t().contiguous();
+  const bool by_onednn = Product::is_by_onednn(a.t(), b.size(1), 1);
+  if (by_onednn ? a.size(0) < b.size(1) : b.size(1) >= 16) return Product(b.t(), a.size(1), 1).times(a.t());
+  return Product(a.t(), b.size(1), 1).times(b.t()).t().contiguous();
 }
 
 }  // namespace leaf_cuda

@@ -239,8 +239,8 @@ def test_packed(device, kind, sizes, reverse):
 
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.1)], ids=dtype_id)
-@pytest.mark.parametrize("sizes", [[6] * 7, [6, 6, 5, 3, 3, 1]], ids=["unpacked", "packed"])
-@pytest.mark.parametrize("features, hidden", [(8, 40), (24, 420)])
+@pytest.mark.parametrize("sizes", [[6] * 7, [6, 6, 5, 3, 3, 2, 1]], ids=["unpacked", "packed"])
+@pytest.mark.parametrize("features, hidden", [(8, 40), (24, 512)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_products(device, kind, features, hidden, sizes, dtype, tolerance, onednn):
     """All results and gradients against float64 from the same numbers; in float32, oneDNN computes the large products,
@@ -253,7 +253,7 @@ def test_products(device, kind, features, hidden, sizes, dtype, tolerance, onedn
         ours = evaluate(fused, kind, x, states, rest, **how)
     by_onednn = any(event.name == "mkldnn::_linear_pointwise" for event in profile.function_events)
     available = torch.backends.mkldnn.is_available() and device == "cpu"
-    assert by_onednn == (available and onednn and dtype == torch.float32 and hidden == 420)
+    assert by_onednn == (available and onednn and dtype == torch.float32 and hidden == 512)
     true = evaluate(formula, kind, x.double(), [s.double() for s in states], [r.double() for r in rest], **how)
     for k, (r, e) in enumerate(zip(ours, true, strict=True)):
         assert (r.double() - e).abs().max() <= tolerance * (1 + e.abs().max()), f"result {k}"
@@ -287,6 +287,13 @@ def test_no_biases_and_no_batch(device):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_no_batch_of_many_units(kind):
+    """In float32: oneDNN may compute such products."""
+    x, states, rest = draw(kind, 8, 0, 512, dtype=torch.float32)
+    assert_same(evaluate(fused, kind, x, states, rest), evaluate(formula, kind, x, states, rest))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_layouts(device, kind):
     """Tensors with gaps, transposed, and with stride 0."""
     x, states, rest = draw(kind, 4, 3, 5, device=device)
@@ -309,9 +316,9 @@ def test_layouts(device, kind):
 @pytest.mark.parametrize("mkldnn", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_biases_of_any_stride(kind, mkldnn):
-    """In float32, since oneDNN ignores strides. Only one of the two biases is given at a time: a single one is taken as
-    it lies."""
-    x, states, rest = draw(kind, 4, 3, 64, features=400, dtype=torch.float32)  # many, so that oneDNN may compute it
+    """In float32, since oneDNN, which computes this product with AVX-512 only, ignores strides. Only one of the two
+    biases is given at a time: a single one is taken as it lies."""
+    x, states, rest = draw(kind, 4, 3, 64, features=400, dtype=torch.float32)
     n = len(rest[2])
     biases = {"step": torch.randn(2 * n)[::2], "column": torch.randn(n, 3)[:, 1], "expanded": torch.randn(1).expand(n)}
     for own, other in ((2, 3), (3, 2)):

@@ -43,8 +43,11 @@ constexpr int64_t kBeyondCaches = int64_t{32} << 20;
 // than an eighth of u's memory, and more if there would otherwise be more than about kTasks tasks.
 constexpr int64_t kMinRowsPerChunk = 128;
 constexpr int64_t kTasks = 128;
-// The least number of tasks for a recurrent step, if they are not too small.
+// A recurrent step has about as many tasks, unless these would have fewer than kTaskElements, or more than
+// kMostTaskElements.
 constexpr int64_t kStepTasks = 8;
+template <class Op>
+constexpr int64_t kMostTaskElements = 8 * kTaskElements<Op>;
 
 const InnerLoopsByOperation& loops_for(at::ScalarType dtype) {
   static const InnerLoopsByType& table = []() -> const InnerLoopsByType& {
@@ -365,7 +368,7 @@ void run_segments(const Args& a, const InnerLoops& loops, const Tensor& like) {
 template <class Op>
 int64_t most_columns(const Plan& plan) {
   if (!Op::always_pitched) return kColumnBlock<Op>;
-  const int64_t elements = std::max(kTaskElements<Op>, plan.numel() / kStepTasks);
+  const int64_t elements = std::clamp(plan.numel() / kStepTasks, kTaskElements<Op>, kMostTaskElements<Op>);
   const int64_t columns = elements / std::min(plan.outer, kMinRowsPerChunk) / kColumnMultiple * kColumnMultiple;
   return std::clamp(columns, kColumnMultiple, kColumnBlock<Op>);
 }
